@@ -1,0 +1,137 @@
+//! The soft engine: executes x86-64 guest code by translating it, block by block, to x86-64 host code.
+//!
+//! Guest and host have the same instruction set, so most instructions are copied; what must differ is replaced:
+//!
+//! | class | what happens |
+//! |---|---|
+//! | registers only | copied, with other register numbers where a guest register lives elsewhere |
+//! | memory operand | software-TLB check, then the same instruction on the host address |
+//! | jumps | linked within a page, looked up in a per-vCPU cache across pages |
+//! | privileged, segments, I/O, strings | a helper in Rust does what the SDM says |
+//!
+//! The folders: `translate/` makes host code, `code/` keeps and runs it, `memory/` turns guest addresses into host
+//! addresses, `exec/` are the helpers and the delivery of exceptions, `run.rs` is the loop around it all.
+
+mod code;
+mod cpu;
+mod exec;
+mod fault;
+mod host;
+mod idle;
+mod memory;
+mod mode;
+mod run;
+#[cfg(test)]
+mod run_tests;
+mod shared;
+mod state;
+#[cfg(test)]
+mod test_support;
+mod translate;
+mod vm;
+
+use std::sync::Arc;
+
+use berth_cpu::VcpuId;
+use berth_engine::{Engine, EngineError, InterruptControllers, LocalApic, Vcpu};
+use berth_memory::{GuestMemory, GuestPhysAddr};
+
+pub use code::cache::{CacheStats, MAX_CODE_CACHE, MIN_CODE_CACHE};
+pub use exec::features::{FeatureSet, host_model};
+
+/// Code cache size in bytes unless the user says otherwise.
+pub const DEFAULT_CODE_CACHE: u64 = 64 << 20;
+
+/// What the soft engine needs to know besides the memory.
+#[derive(Clone, Debug)]
+pub struct SoftOptions {
+    /// Size of the code cache in bytes; brought into [`MIN_CODE_CACHE`] to [`MAX_CODE_CACHE`].
+    pub code_cache_bytes: u64,
+    /// Frequency of the host's time-stamp counter, which is the guest's too.
+    pub tsc_hz: u64,
+    /// Name of the VM, for log lines.
+    pub vm_name: String,
+    /// Number of vCPUs that will be created, 1 to 64.
+    pub vcpus: u8,
+}
+
+/// Optimisations that the environment variable `BERTH_SOFT` switches off, a comma-separated list; for finding
+/// errors and measuring.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct DebugFlags {
+    /// `nochain`: every block returns to the run loop.
+    pub no_chain: bool,
+    /// `notlb`: every memory access takes the slow path.
+    pub no_tlb: bool,
+    /// `notrim`: translated code is kept while the VM is idle.
+    pub no_trim: bool,
+}
+
+impl DebugFlags {
+    fn from_env() -> Self {
+        let value = std::env::var("BERTH_SOFT").unwrap_or_default();
+        let mut flags = Self::default();
+        for word in value.split(',').filter(|w| !w.is_empty()) {
+            match word {
+                "nochain" => flags.no_chain = true,
+                "notlb" => flags.no_tlb = true,
+                "notrim" => flags.no_trim = true,
+                other => {
+                    tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are nochain, notlb and notrim")
+                }
+            }
+        }
+        flags
+    }
+}
+
+/// The soft engine of one VM.
+pub struct SoftEngine {
+    vm: Arc<vm::Vm>,
+}
+
+impl SoftEngine {
+    /// Makes the engine for a VM with this memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] when the host has no memory for the code cache.
+    pub fn new(memory: GuestMemory, options: SoftOptions) -> Result<Self, EngineError> {
+        Ok(Self { vm: Arc::new(vm::Vm::new(memory, &options)?) })
+    }
+
+    /// Counters of the code cache.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.vm.cache.stats()
+    }
+}
+
+impl Drop for SoftEngine {
+    fn drop(&mut self) {
+        tracing::debug!("code cache: {:?}", self.cache_stats());
+    }
+}
+
+impl Engine for SoftEngine {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn interrupt_controllers(&self) -> InterruptControllers {
+        InterruptControllers::Devices
+    }
+
+    fn create_vcpu(
+        &self,
+        id: VcpuId,
+        apic: Option<Arc<dyn LocalApic>>,
+    ) -> Result<Box<dyn Vcpu>, EngineError> {
+        let apic = apic.ok_or_else(|| EngineError::BadState("the soft engine needs a local APIC".into()))?;
+        let cpu = cpu::Cpu::new(Arc::clone(&self.vm), id, apic);
+        self.vm.add_vcpu(Arc::clone(&cpu.shared));
+        Ok(Box::new(cpu))
+    }
+
+    fn memory_written(&self, start: GuestPhysAddr, len: u64) {
+        self.vm.memory_written(start, len);
+    }
+}

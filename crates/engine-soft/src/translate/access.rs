@@ -1,0 +1,197 @@
+//! Memory operands: address arithmetic, the TLB check, and the way to the slow path.
+
+use iced_x86::{FlowControl, Instruction, Register};
+
+use super::emit::Emitter;
+use crate::code::asm::{Mem, cc, gpr_offset, gs, state_offset};
+use crate::code::regs::{Home, HostReg, R10, R11, home};
+use crate::code::stubs::{Descriptor, FINISH_ONLY};
+use crate::memory::slow::Kind;
+use crate::memory::tlb::{TLB_ENTRIES, Tlb, TlbEntry};
+use crate::mode::Mode;
+use crate::state::{Seg, State};
+
+/// A memory access of an instruction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Access {
+    pub kind: Kind,
+    /// Bytes.
+    pub size: usize,
+    /// Segment of the operand.
+    pub seg: Seg,
+    /// Misaligned operands raise #GP, whatever else is wrong with them.
+    pub aligned: bool,
+}
+
+/// The segment that iced names.
+pub(super) fn seg_of(register: Register) -> Seg {
+    match register {
+        Register::ES => Seg::Es,
+        Register::CS => Seg::Cs,
+        Register::SS => Seg::Ss,
+        Register::FS => Seg::Fs,
+        Register::GS => Seg::Gs,
+        _ => Seg::Ds,
+    }
+}
+
+impl Emitter<'_> {
+    /// Loads the guest register `register` (any width; its full register is meant) into `scratch` if it lives
+    /// in the state block; returns where it is.
+    pub(super) fn register(&mut self, register: Register, scratch: HostReg) -> HostReg {
+        match home(register.full_register().number()) {
+            Home::Host(reg) => reg,
+            Home::State(n) => {
+                self.asm.load(scratch, Mem::Gs(gpr_offset(n)));
+                scratch
+            }
+        }
+    }
+
+    /// Computes the effective address of the memory operand into r10. May clobber r11; keeps flags.
+    pub(super) fn effective_address(&mut self, insn: &Instruction) {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        if matches!(base, Register::RIP | Register::EIP) {
+            self.asm.mov_imm(R10, insn.ip_rel_memory_address());
+            return;
+        }
+        let mode = self.key.mode;
+        let displacement = insn.memory_displacement64();
+        let width = if base != Register::None {
+            base.size()
+        } else if index != Register::None {
+            index.size()
+        } else {
+            // Displacement only.
+            let value = match insn.memory_displ_size() {
+                2 => displacement & 0xffff,
+                4 if !mode.is_64bit() => displacement & 0xffff_ffff,
+                _ => displacement,
+            };
+            self.asm.mov_imm(R10, value);
+            return;
+        };
+        let base = (base != Register::None).then(|| self.register(base, R10));
+        let scale = insn.memory_index_scale() as u8;
+        let index = (index != Register::None).then(|| (self.register(index, R11), scale));
+        let mem = Mem::Any { base, index, disp: displacement as i32 };
+        self.asm.lea(width == 8, R10, mem);
+        if width == 2 {
+            self.asm.reg(false, &[0x0f, 0xb7], R10, R10); // movzx r10d, r10w
+        }
+    }
+
+    /// Adds the base of FS or GS in 64-bit mode to r10. Keeps flags.
+    pub(super) fn add_segment_base(&mut self, seg: Seg) {
+        if self.key.mode.is_64bit() && matches!(seg, Seg::Fs | Seg::Gs) {
+            self.asm.load(R11, Mem::Gs(segment_base_offset(seg)));
+            self.asm.lea(true, R10, Mem::Any { base: Some(R10), index: Some((R11, 1)), disp: 0 });
+        }
+    }
+
+    /// Turns the guest address in r10 into a host address in r10, and calls `body`, which assembles the
+    /// instruction itself on `[r10]` together with whatever it commits. For stores `body` is called twice: the
+    /// second copy is for what the slow path has to finish. Flags must be in memory; the host's are destroyed.
+    ///
+    /// `restores`: `body` leaves the flags of the guest in the host's flags.
+    pub(super) fn access(
+        &mut self,
+        insn: &Instruction,
+        access: Access,
+        restores: bool,
+        body: impl Fn(&mut Self),
+    ) {
+        debug_assert!(self.flags.in_memory());
+        let mode = self.key.mode;
+        // Code segments cannot be written, and perhaps not be read.
+        let far_segment = !mode.is_64bit() && matches!(access.seg, Seg::Cs | Seg::Fs | Seg::Gs);
+        let segmented = mode.has(Mode::SEGMENTED) || far_segment;
+        let unchecked = segmented || mode.has(Mode::WATCHED) || mode.has(Mode::ALIGN) || self.vm.debug.no_tlb;
+        let descriptor = Descriptor {
+            kind: access.kind,
+            size: access.size as u8,
+            stack: access.seg == Seg::Ss,
+            aligned: access.aligned,
+            segment: segmented.then_some(access.seg),
+        };
+        let was_cold = self.asm.is_cold();
+        let (hit, after) = (self.asm.label(), self.asm.label());
+        if unchecked {
+            self.flags.host_lost();
+            self.slow_call(insn, descriptor);
+            if access.kind != Kind::Read {
+                self.asm.jmp(hit); // five bytes, skipped for special stores
+                body(self);
+                self.finish_store(insn, restores);
+                self.asm.jmp(after);
+            }
+            self.asm.bind(hit);
+            body(self);
+            self.asm.bind(after);
+            return;
+        }
+        let tables = if access.kind == Kind::Read {
+            std::mem::offset_of!(State, tlb) + std::mem::offset_of!(Tlb, read)
+        } else {
+            std::mem::offset_of!(State, tlb) + std::mem::offset_of!(Tlb, write)
+        };
+        let table = tables + mode.tlb_class() as usize * TLB_ENTRIES * size_of::<TlbEntry>();
+        let tag = state_offset(table + std::mem::offset_of!(TlbEntry, tag));
+        let host = state_offset(table + std::mem::offset_of!(TlbEntry, host));
+        self.flags.host_lost();
+        let a = &mut *self.asm;
+        // r11 = index of the page * 16; r10 = address - tag.
+        a.mov32(R11, R10);
+        a.shr(false, R11, 8);
+        a.alu_imm(false, 4, R11, ((TLB_ENTRIES - 1) << 4) as i32);
+        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
+        a.alu_imm(true, 7, R10, 4096 - access.size as i32 + 1);
+        let miss = a.label();
+        a.jcc(cc::AE, miss);
+        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, host));
+        a.bind(hit);
+        body(self);
+        self.asm.bind(after);
+
+        let flags_after = self.flags;
+        self.asm.set_cold(true);
+        self.asm.bind(miss);
+        self.asm.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, tag));
+        self.slow_call(insn, descriptor);
+        self.asm.jmp(hit); // five bytes, skipped for special stores
+        if access.kind != Kind::Read {
+            body(self);
+            self.finish_store(insn, restores);
+            self.asm.jmp(after);
+        }
+        self.asm.set_cold(was_cold);
+        self.flags = flags_after;
+    }
+
+    fn slow_call(&mut self, insn: &Instruction, descriptor: Descriptor) {
+        self.asm.store_imm(gs!(rip), insn.ip(), R11);
+        self.asm.mov_imm(R11, u64::from(descriptor.pack()));
+        self.asm.call_abs(self.stubs.slow);
+    }
+
+    /// After a special store. `host_flags`: the instruction left its flags in the host's flags.
+    fn finish_store(&mut self, insn: &Instruction, host_flags: bool) {
+        if host_flags {
+            self.asm.save_flags();
+        }
+        // A call jumps after its store, wherever the store went.
+        let call = matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
+        self.asm.mov_imm(R10, if call { FINISH_ONLY } else { self.next_rip(insn) });
+        self.asm.call_abs(self.stubs.finish);
+        if host_flags {
+            self.asm.restore_flags();
+        }
+    }
+}
+
+/// Offset from GS:0 of the base of a segment register.
+fn segment_base_offset(seg: Seg) -> i32 {
+    let segments = std::mem::offset_of!(State, segments);
+    let base = std::mem::offset_of!(berth_cpu::Segment, base);
+    state_offset(segments + seg as usize * size_of::<berth_cpu::Segment>() + base)
+}

@@ -1,0 +1,215 @@
+//! What all vCPUs of a VM share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+
+use berth_cpu::VcpuId;
+use berth_cpu::cpuid::CpuidModel;
+use berth_engine::EngineError;
+use berth_memory::layout::HIGH_RAM_START;
+use berth_memory::{GuestMemory, GuestPhysAddr};
+use parking_lot::{RwLock, RwLockWriteGuard};
+
+use crate::SoftOptions;
+use crate::code::cache::CodeCache;
+use crate::exec::features::FeatureSet;
+use crate::exec::pv::PvShared;
+use crate::memory::HostMap;
+use crate::shared::{VcpuShared, request};
+
+/// The shared part of a VM on the soft engine.
+pub struct Vm {
+    /// RAM.
+    pub memory: GuestMemory,
+    pub(crate) host_map: HostMap,
+    /// The physical address bits that this CPU model has.
+    pub phys_mask: u64,
+    /// Frequency of the time-stamp counter.
+    pub tsc_hz: u64,
+    /// Number of vCPUs that the VM was made for.
+    pub vcpus: u8,
+    /// What CPUID says.
+    pub cpuid: CpuidModel,
+    /// Which instructions exist.
+    pub features: FeatureSet,
+    /// Paravirtual state that vCPUs share.
+    pub pv: PvShared,
+    /// Which pages hold translated code.
+    pub code_pages: CodePages,
+    pub(crate) cache: CodeCache,
+    list: RwLock<Vec<Arc<VcpuShared>>>,
+    /// Held for reading by every vCPU that may be inside translated code; for writing by one that must be
+    /// alone.
+    pub(crate) execution: RwLock<()>,
+    /// Optimisations that are switched off.
+    pub(crate) debug: crate::DebugFlags,
+    /// The host, and so the guest, is an AMD or Hygon CPU.
+    pub(crate) is_amd: bool,
+}
+
+/// Physical address width that guests see.
+pub const PHYS_BITS: u32 = 46;
+
+impl Vm {
+    pub(crate) fn new(memory: GuestMemory, options: &SoftOptions) -> Result<Self, EngineError> {
+        let cpuid = crate::exec::features::host_model(options.vcpus, options.tsc_hz);
+        let features = FeatureSet::of(&cpuid);
+        Ok(Self {
+            host_map: HostMap::new(&memory),
+            phys_mask: (1 << PHYS_BITS) - 1,
+            tsc_hz: options.tsc_hz,
+            vcpus: options.vcpus,
+            features,
+            is_amd: cpuid.vendor() == berth_cpu::cpuid::Vendor::Amd,
+            cpuid,
+            pv: PvShared::new(options.tsc_hz),
+            code_pages: CodePages::new(&memory),
+            cache: CodeCache::new(options.code_cache_bytes)
+                .map_err(|source| EngineError::Host { what: "memory for the code cache", source })?,
+            list: RwLock::new(Vec::new()),
+            execution: RwLock::new(()),
+            debug: crate::DebugFlags::from_env(),
+            memory,
+        })
+    }
+
+    pub(crate) fn add_vcpu(&self, vcpu: Arc<VcpuShared>) {
+        self.list.write().push(vcpu);
+    }
+
+    /// The vCPU with number `index`, if it exists.
+    pub fn vcpu(&self, index: usize) -> Option<Arc<VcpuShared>> {
+        self.list.read().get(index).cloned()
+    }
+
+    fn request_others(&self, me: VcpuId, bits: u32) {
+        for (i, vcpu) in self.list.read().iter().enumerate() {
+            if i != usize::from(me.0) {
+                vcpu.request(bits);
+            }
+        }
+    }
+
+    /// Whether every vCPU has done next to nothing for a while.
+    pub(crate) fn all_idle(&self) -> bool {
+        self.list.read().iter().all(|vcpu| vcpu.idle.load(Ordering::SeqCst))
+    }
+
+    /// Waits until no other vCPU is inside translated code, and keeps them out. The caller must not hold the
+    /// execution lock.
+    pub(crate) fn alone(&self, me: VcpuId) -> RwLockWriteGuard<'_, ()> {
+        self.request_others(me, request::PAUSE);
+        self.execution.write()
+    }
+
+    /// Asks the other vCPUs to stop storing directly to the page at `addr`.
+    pub(crate) fn sweep_others(&self, me: VcpuId, addr: GuestPhysAddr) {
+        for (i, vcpu) in self.list.read().iter().enumerate() {
+            if i != usize::from(me.0) {
+                vcpu.sweep.lock().push(addr.page_base().0);
+                vcpu.request(request::SWEEP);
+            }
+        }
+    }
+
+    /// Drops translations made from `len` bytes at `start`, which were just written.
+    pub(crate) fn memory_written(&self, start: GuestPhysAddr, len: u64) -> bool {
+        let mut dropped = false;
+        let mut at = start;
+        let end = start.0.saturating_add(len);
+        while at.0 < end {
+            let next = (at.page_base().0 + 4096).min(end);
+            if self.code_pages.has_code(at) {
+                self.code_pages.written(at);
+                dropped |= self.cache.invalidate(at, next - at.0);
+            }
+            at = GuestPhysAddr(next);
+        }
+        dropped
+    }
+}
+
+const CODE: u8 = 1 << 7;
+const MANY: u8 = CODE - 1;
+
+/// For each page of RAM: whether it has translations, and which vCPU may store to it directly.
+pub struct CodePages {
+    pages: Box<[AtomicU8]>,
+    low_pages: u64,
+    /// Counts stores to pages with translations, by hash of the page: a translation that was begun before such
+    /// a store must not be used.
+    writes: Box<[AtomicU32]>,
+}
+
+impl CodePages {
+    fn new(memory: &GuestMemory) -> Self {
+        let pages = (memory.size() >> 12) as usize;
+        let mut low_pages = 0;
+        for region in memory.regions() {
+            if region.start < HIGH_RAM_START {
+                low_pages = region.len >> 12;
+            }
+        }
+        // `vec![0; n]` asks for zeroed memory, which is not resident before it is touched.
+        let zeroed = vec![0u8; pages].into_boxed_slice();
+        // SAFETY: AtomicU8 has the same size, alignment and valid values as u8.
+        let pages = unsafe { Box::from_raw(Box::into_raw(zeroed) as *mut [AtomicU8]) };
+        Self { pages, low_pages, writes: (0..1024).map(|_| AtomicU32::new(0)).collect() }
+    }
+
+    fn page(&self, addr: GuestPhysAddr) -> Option<&AtomicU8> {
+        let page = if addr < HIGH_RAM_START {
+            addr.page()
+        } else {
+            addr.page() - HIGH_RAM_START.page() + self.low_pages
+        };
+        self.pages.get(page as usize)
+    }
+
+    fn write_count(&self, addr: GuestPhysAddr) -> &AtomicU32 {
+        &self.writes[addr.page() as usize % self.writes.len()]
+    }
+
+    /// Whether the page may have translations.
+    pub fn has_code(&self, addr: GuestPhysAddr) -> bool {
+        self.page(addr).is_some_and(|p| p.load(Ordering::SeqCst) & CODE != 0)
+    }
+
+    /// Remembers that `vcpu` may store to the page without telling anyone.
+    pub(crate) fn note_writer(&self, addr: GuestPhysAddr, vcpu: VcpuId) {
+        let Some(page) = self.page(addr) else { return };
+        let me = vcpu.0 + 1;
+        let _ = page.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |old| {
+            let writer = old & MANY;
+            let new = if writer == 0 || writer == me { me } else { MANY };
+            (new != writer).then_some(old & CODE | new)
+        });
+    }
+
+    /// Marks the page as holding code. Returns whether it is new, and whether another vCPU than `me` may have
+    /// TLB entries for storing to it.
+    pub(crate) fn mark(&self, addr: GuestPhysAddr, me: VcpuId) -> (bool, bool) {
+        let Some(page) = self.page(addr) else { return (false, false) };
+        let old = page.fetch_or(CODE, Ordering::SeqCst);
+        let writer = old & MANY;
+        (old & CODE == 0, writer != 0 && writer != me.0 + 1)
+    }
+
+    /// The page has no translations any more.
+    pub(crate) fn unmark(&self, addr: GuestPhysAddr) {
+        if let Some(page) = self.page(addr) {
+            // Nobody has direct entries: none were made while it was marked.
+            page.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Counts a store to the page.
+    pub(crate) fn written(&self, addr: GuestPhysAddr) {
+        self.write_count(addr).fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A number that changes with [`Self::written`].
+    pub(crate) fn version(&self, addr: GuestPhysAddr) -> u32 {
+        self.write_count(addr).load(Ordering::SeqCst)
+    }
+}

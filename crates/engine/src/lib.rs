@@ -1,0 +1,196 @@
+//! The contract between the machine and an engine: who executes guest instructions.
+//!
+//! ```text
+//!   machine ──creates──► Engine ──creates──► Vcpu ──run()──► Exit
+//!      │                                      │
+//!      └── Bus (port and memory-mapped I/O) ◄─┤
+//!      └── LocalApic (one a vCPU) ◄───────────┘      VcpuHandle: kick from any thread
+//! ```
+//!
+//! Order of calls: [`Engine::create_vcpu`] for every vCPU; [`Vcpu::set_state`]; then, on a thread of its own,
+//! [`Vcpu::run`] until it returns an [`Exit`]. To stop a running vCPU from another thread, call
+//! [`VcpuHandle::stop`]; `run` then returns [`Exit::Stopped`] at an instruction boundary, and can be called
+//! again. [`Vcpu::state`] is exact whenever `run` is not executing.
+//!
+//! No type of one particular engine appears here, and no device, boot or machine code asks which engine runs.
+
+use std::sync::Arc;
+
+pub use berth_cpu::{CpuState, VcpuId};
+use berth_memory::GuestPhysAddr;
+
+/// Port and memory-mapped I/O as the vCPUs see it. Called from vCPU threads, several at once.
+///
+/// Accesses are 1, 2, 4 or 8 bytes long. A read that no device answers fills `data` with 0xff; a write that no
+/// device takes is dropped.
+pub trait Bus: Send + Sync {
+    /// IN: fills `data` (1, 2 or 4 bytes) from `port`.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// OUT: `data` (1, 2 or 4 bytes) goes to `port`.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// A load from guest physical `addr` that is not RAM.
+    fn mmio_read(&self, addr: GuestPhysAddr, data: &mut [u8]);
+    /// A store to guest physical `addr` that is not RAM.
+    fn mmio_write(&self, addr: GuestPhysAddr, data: &[u8]);
+}
+
+/// Something that a local APIC asks of its vCPU besides ordinary interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApicEvent {
+    /// Non-maskable interrupt.
+    Nmi,
+    /// INIT: back to the reset state, then wait for a start-up IPI.
+    Init,
+    /// Start-up IPI: begin in real mode at page `vector`. Only taken while waiting for it.
+    Startup {
+        /// Number of the page to start at.
+        vector: u8,
+    },
+}
+
+/// An access to an MSR of the local APIC that hardware answers with #GP(0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrFault;
+
+/// One vCPU's local APIC, for engines that do not bring interrupt controllers of their own
+/// ([`Engine::interrupt_controllers`]). All methods may be called from any thread, and none blocks for long.
+///
+/// Whenever an interrupt or event becomes deliverable the implementation calls [`VcpuHandle::kick`] of the vCPU
+/// that it belongs to.
+pub trait LocalApic: Send + Sync {
+    /// The vector of the interrupt that can be delivered now, if IF allows: the highest of IRR above PPR, or
+    /// an ExtINT of the 8259 PIC. Does not acknowledge it. Cheap: called at every interrupt window.
+    fn has_interrupt(&self) -> bool;
+    /// Acknowledges the interrupt that [`Self::has_interrupt`] announced (IRR to ISR, or the PIC's INTA cycle)
+    /// and returns its vector; `None` if there is none any more.
+    fn acknowledge(&self) -> Option<u8>;
+    /// Takes the next event: INIT before NMI before start-up.
+    fn take_event(&self) -> Option<ApicEvent>;
+    /// Whether [`Self::take_event`] would return something.
+    fn has_event(&self) -> bool;
+    /// Task priority as CR8 shows it, 0 to 15.
+    fn cr8(&self) -> u8;
+    /// Sets the task priority through CR8, 0 to 15.
+    fn set_cr8(&self, value: u8);
+    /// RDMSR of IA32_APIC_BASE, IA32_TSC_DEADLINE or 0x800 to 0x8ff (SDM volume 3, 11.12).
+    ///
+    /// # Errors
+    /// [`MsrFault`] where hardware raises #GP(0).
+    fn read_msr(&self, msr: u32) -> Result<u64, MsrFault>;
+    /// WRMSR of the same registers.
+    ///
+    /// # Errors
+    /// [`MsrFault`] where hardware raises #GP(0).
+    fn write_msr(&self, msr: u32, value: u64) -> Result<(), MsrFault>;
+    /// Guest physical base of the xAPIC register page, or `None` in x2APIC mode or when disabled.
+    fn mmio_base(&self) -> Option<GuestPhysAddr>;
+    /// A load from the register page, `offset` 0 to 0xfff.
+    fn mmio_read(&self, offset: u16, data: &mut [u8]);
+    /// A store to the register page.
+    fn mmio_write(&self, offset: u16, data: &[u8]);
+    /// Sends an IPI as a write of `icr` to the x2APIC's ICR does (SDM volume 3, 11.12.9); used by the
+    /// paravirtual IPI hypercall.
+    fn send_ipi(&self, icr: u64);
+    /// End of interrupt: as a write of 0 to the EOI register; used by paravirtual EOI.
+    fn eoi(&self);
+    /// Whether the interrupt in service needs the guest to write EOI (level-triggered, or another one waits):
+    /// if so paravirtual EOI must not be offered for it.
+    fn needs_explicit_eoi(&self) -> bool;
+    /// Back to the state after RESET (`init` false) or INIT (`init` true: the APIC ID and base stay).
+    fn reset(&self, init: bool);
+}
+
+/// Who emulates LAPIC, IOAPIC, PIC and PIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterruptControllers {
+    /// The machine's own devices; the engine is given a [`LocalApic`] for each vCPU.
+    Devices,
+    /// The engine itself.
+    Engine,
+}
+
+/// Why an engine cannot do what was asked. The text is complete and for people.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The host lacks something that the engine needs.
+    #[error("this host cannot run the {engine} engine: {reason}")]
+    Unavailable {
+        /// Name of the engine.
+        engine: &'static str,
+        /// What is missing and what to do.
+        reason: String,
+    },
+    /// A state that no CPU can be in.
+    #[error("the CPU state is not possible: {0}")]
+    BadState(String),
+    /// The host refused a resource.
+    #[error("the host refused {what}: {source}")]
+    Host {
+        /// What was asked of the host.
+        what: &'static str,
+        /// What it said.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// [`VcpuHandle::stop`] was called. The vCPU is at an instruction boundary and can run on.
+    Stopped,
+    /// A triple fault: an exception while a double fault was delivered (SDM volume 3, 6.15). On a PC it resets
+    /// the machine. The text says which exceptions in which order.
+    TripleFault {
+        /// For people.
+        detail: String,
+    },
+    /// The engine met something that it cannot execute. The VM cannot go on.
+    Failed {
+        /// For people: what and where.
+        detail: String,
+    },
+}
+
+/// An engine, made for one VM and its memory.
+pub trait Engine: Send + Sync {
+    /// The name that `--engine` takes.
+    fn name(&self) -> &'static str;
+    /// Who emulates the interrupt controllers.
+    fn interrupt_controllers(&self) -> InterruptControllers;
+    /// Makes a vCPU. `apic` is given exactly if the interrupt controllers are devices. The vCPU is in the reset
+    /// state until [`Vcpu::set_state`].
+    ///
+    /// # Errors
+    /// [`EngineError::Host`] when the host has no resources for it.
+    fn create_vcpu(&self, id: VcpuId, apic: Option<Arc<dyn LocalApic>>)
+    -> Result<Box<dyn Vcpu>, EngineError>;
+    /// Must be called after a device or the host wrote guest memory (DMA): translated code made from it is
+    /// dropped.
+    fn memory_written(&self, start: GuestPhysAddr, len: u64);
+}
+
+/// One virtual CPU, driven by the thread that owns it.
+pub trait Vcpu: Send {
+    /// What other threads use to reach this vCPU.
+    fn handle(&self) -> Arc<dyn VcpuHandle>;
+    /// Executes guest instructions until an [`Exit`]. Waits, without using the host CPU, while the guest is
+    /// halted or waits for a start-up IPI.
+    fn run(&mut self, bus: &dyn Bus) -> Exit;
+    /// The architectural state at the current instruction boundary.
+    fn state(&mut self) -> CpuState;
+    /// Replaces the architectural state.
+    ///
+    /// # Errors
+    /// [`EngineError::BadState`] for a combination that no CPU can be in.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError>;
+}
+
+/// A vCPU as other threads see it.
+pub trait VcpuHandle: Send + Sync {
+    /// Makes the vCPU look at its local APIC soon: called when an interrupt or event was posted. Cheap, never
+    /// blocks, wakes a halted vCPU.
+    fn kick(&self);
+    /// Makes [`Vcpu::run`] return [`Exit::Stopped`] soon. It stays asked for until `run` has returned once.
+    fn stop(&self);
+}

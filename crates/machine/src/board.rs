@@ -1,0 +1,163 @@
+//! The board: all devices of the machine, wired up.
+//!
+//! Adding a device: make it here, register it on the bus, and reset it in [`Board::reset`].
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use berth_cpu::VcpuId;
+use berth_devices::acpi_pm::AcpiPm;
+use berth_devices::bus::{BusError, MachineBus};
+use berth_devices::cmos::Cmos;
+use berth_devices::debug_exit::DebugExit;
+use berth_devices::i8042::I8042;
+use berth_devices::irq::IrqError;
+use berth_devices::irqchip::{ChipsError, InterruptChips};
+use berth_devices::pci::PciRoot;
+use berth_devices::pit::Pit;
+use berth_devices::power::PowerSink;
+use berth_devices::serial::Serial;
+use berth_devices::timer::{TimerError, Timers, TscClock, tsc_hz};
+use berth_engine::{Bus, LocalApic, VcpuHandle};
+use berth_memory::GuestMemory;
+use berth_memory::layout::{HIGH_RAM_START, ports};
+
+use crate::config::MachineConfig;
+
+/// ISA interrupt of the PIT.
+const PIT_IRQ: u8 = 0;
+/// ISA interrupt of the keyboard controller.
+const KEYBOARD_IRQ: u8 = 1;
+
+/// Why the board cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BoardError {
+    /// The timer thread.
+    #[error(transparent)]
+    Timer(#[from] TimerError),
+    /// The interrupt controllers.
+    #[error(transparent)]
+    Chips(#[from] ChipsError),
+    /// Two devices want the same address.
+    #[error("internal error: {0}")]
+    Bus(#[from] BusError),
+    /// A device wants an interrupt that there is not.
+    #[error("internal error: {0}")]
+    Irq(#[from] IrqError),
+}
+
+/// The devices, and the bus that they are on.
+pub struct Board {
+    bus: MachineBus,
+    chips: Arc<InterruptChips>,
+    pit: Arc<Pit>,
+    serial: Arc<Serial>,
+    cmos: Arc<Cmos>,
+    i8042: Arc<I8042>,
+    acpi_pm: Arc<AcpiPm>,
+    pci: Arc<PciRoot>,
+    tsc_hz: u64,
+    // Last, so that the timers' thread ends after the devices that use it.
+    _timers: Timers,
+}
+
+impl Board {
+    /// All devices of the machine that `config` describes, in the state after power-up. Requests that end or
+    /// restart the VM go to `power`, the serial port's output to `console`.
+    ///
+    /// # Errors
+    /// [`BoardError`].
+    pub fn new(
+        config: &MachineConfig,
+        memory: &GuestMemory,
+        power: PowerSink,
+        console: Box<dyn Write + Send>,
+    ) -> Result<Self, BoardError> {
+        let timers = Timers::start(&config.name)?;
+        let tsc_hz = tsc_hz();
+        let tsc = TscClock::new(tsc_hz, timers.clock().clone());
+        let mut bus = MachineBus::new();
+
+        let chips = InterruptChips::new(config.vcpus, &timers, &tsc)?;
+        chips.register(&mut bus)?;
+        let pit = Pit::new(chips.line(PIT_IRQ)?, &timers);
+        pit.register(&mut bus)?;
+        let serial = Serial::new(chips.line(ports::SERIAL_IRQ)?, console);
+        serial.register(ports::SERIAL, &mut bus)?;
+        let (low, high) = ram_sizes(memory);
+        let cmos = Cmos::new(chips.line(ports::CMOS_IRQ)?, &timers, low, high);
+        cmos.register(ports::CMOS, &mut bus)?;
+        let i8042 = I8042::new(chips.line(KEYBOARD_IRQ)?, power.clone());
+        i8042.register(&mut bus)?;
+        let acpi_pm = AcpiPm::new(chips.line(ports::SCI_GSI)?, power.clone(), &timers);
+        acpi_pm.register(&mut bus)?;
+        let pci = PciRoot::new(power.clone());
+        pci.register(&mut bus)?;
+        if config.debug_exit {
+            bus.register_ports(ports::DEBUG_EXIT, 1, "debug exit", Arc::new(DebugExit::new(power)))?;
+        }
+        Ok(Self { bus, chips, pit, serial, cmos, i8042, acpi_pm, pci, tsc_hz, _timers: timers })
+    }
+
+    /// The bus, for the vCPUs.
+    pub fn bus(&self) -> &dyn Bus {
+        &self.bus
+    }
+
+    /// Frequency of the TSC in Hz.
+    pub fn tsc_hz(&self) -> u64 {
+        self.tsc_hz
+    }
+
+    /// The local APIC of vCPU `id`.
+    pub fn local_apic(&self, id: VcpuId) -> Option<Arc<dyn LocalApic>> {
+        self.chips.local_apic(id).map(|apic| apic.clone() as Arc<dyn LocalApic>)
+    }
+
+    /// Connects vCPU `id` to its local APIC.
+    pub fn attach(&self, id: VcpuId, handle: Arc<dyn VcpuHandle>) {
+        if let Some(apic) = self.chips.local_apic(id) {
+            apic.set_handle(handle);
+        }
+    }
+
+    /// All devices back to the state after power-up. No vCPU may be running.
+    pub fn reset(&self) {
+        self.pit.reset();
+        self.serial.reset();
+        self.cmos.reset();
+        self.i8042.reset();
+        self.acpi_pm.reset();
+        self.pci.reset();
+        // Last: the devices have released their lines.
+        self.chips.reset();
+    }
+
+    /// Input for the serial port; returns how many bytes it took.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.serial.push_input(bytes)
+    }
+
+    /// Presses the ACPI power button.
+    pub fn power_button(&self) {
+        self.acpi_pm.press_power_button();
+    }
+
+    /// Whether the guest has enabled the ACPI power button.
+    pub fn hears_power_button(&self) -> bool {
+        self.acpi_pm.hears_power_button()
+    }
+
+    /// Waits until the serial port takes input, at most `timeout`; returns whether it does.
+    pub fn wait_for_console_room(&self, timeout: Duration) -> bool {
+        self.serial.wait_for_room(timeout)
+    }
+}
+
+/// Bytes of RAM below and above 4 GiB.
+fn ram_sizes(memory: &GuestMemory) -> (u64, u64) {
+    let (low, high): (Vec<_>, Vec<_>) = memory.regions().iter().partition(|r| r.start < HIGH_RAM_START);
+    let sum = |regions: Vec<&berth_memory::RamRegion>| regions.iter().map(|r| r.len).sum();
+    (sum(low), sum(high))
+}

@@ -1,0 +1,31 @@
+//! What the supervisor is told.
+
+use berth_cpu::VcpuId;
+use berth_devices::power::PowerEvent;
+
+/// Something happened.
+pub enum Event {
+    /// The guest asked for something through a device.
+    Power(PowerEvent),
+    /// The owner wants the VM to end.
+    Stop,
+    /// The owner pressed the reset button.
+    Reset,
+    /// A vCPU does not run any more.
+    VcpuParked {
+        /// Which.
+        id: VcpuId,
+        /// Why.
+        parked: Parked,
+    },
+}
+
+/// Why a vCPU does not run any more.
+pub enum Parked {
+    /// It was asked to stop, and can go on.
+    Stopped,
+    /// It cannot go on: for people, with an account of its state.
+    Failed(String),
+    /// Its thread panicked and is gone.
+    Panicked,
+}

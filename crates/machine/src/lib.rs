@@ -1,0 +1,45 @@
+//! Puts a machine together and runs it.
+//!
+//! ```text
+//!   MachineConfig ──► Machine ──┬── GuestMemory ◄── berth_boot::load
+//!                               ├── Board: bus and devices
+//!                               ├── Engine ──► one Vcpu a thread NAME/vcpuN
+//!                               └── supervisor thread NAME/machine: start, reset, end
+//! ```
+//! Order of calls: [`Machine::new`], [`Machine::start`], [`Machine::wait`]; [`Machine::control`] at any time. What
+//! happens in between is described in the module `supervisor`.
+//!
+//! Nothing here depends on which engine runs, except [`MachineConfig::engine`] that chooses it.
+
+mod account;
+mod board;
+mod config;
+mod control;
+mod event;
+mod machine;
+mod page_walk;
+mod supervisor;
+#[cfg(test)]
+mod tests;
+mod thread_name;
+mod vcpu_thread;
+
+pub use board::BoardError;
+pub use config::{BadVcpuCount, EngineKind, MachineConfig};
+pub use control::MachineControl;
+pub use machine::{Machine, MachineError};
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off.
+    PoweredOff,
+    /// The guest reset itself, and [`MachineConfig::no_reboot`] is set.
+    Reset,
+    /// The guest wrote the debug-exit port: the exit code that it wants.
+    DebugExit(i32),
+    /// [`MachineControl::stop`] was called.
+    Stopped,
+    /// The guest or the engine cannot go on. For people: several lines, with the state of the vCPU.
+    Failed(String),
+}

@@ -1,0 +1,208 @@
+//! A machine from its description to its end.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::{self, JoinHandle};
+
+use berth_boot::{BootError, BootSource, Platform};
+use berth_cpu::VcpuId;
+use berth_devices::power::PowerSink;
+use berth_engine::{Engine, EngineError, InterruptControllers};
+use berth_engine_soft::{SoftEngine, SoftOptions};
+use berth_memory::{GuestMemory, MemoryError};
+use tracing::info;
+
+use crate::Outcome;
+use crate::board::{Board, BoardError};
+use crate::config::{BadVcpuCount, EngineKind, MachineConfig};
+use crate::control::MachineControl;
+use crate::event::Event;
+use crate::supervisor::{Parts, Supervisor};
+use crate::thread_name::thread_name;
+use crate::vcpu_thread::{VcpuContext, VcpuThread};
+
+/// Why a machine cannot be made or started. One line for people.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Impossible number of vCPUs.
+    #[error(transparent)]
+    Vcpus(#[from] BadVcpuCount),
+    /// Impossible memory, or the host has none.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel or initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The devices.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// The engine is not part of this version.
+    #[error("the kvm engine is not available in this version of Berth: use the soft engine")]
+    NoKvm,
+    /// The engine has interrupt controllers of its own, which the board cannot drive.
+    #[error("the {0} engine brings its own interrupt controllers, which this version of Berth cannot use")]
+    ForeignInterruptControllers(&'static str),
+    /// The host refused a thread.
+    #[error("the host refused a thread for {what}: {source}")]
+    Thread {
+        /// For whom.
+        what: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// One machine. When it is dropped it is stopped.
+pub struct Machine {
+    name: String,
+    control: MachineControl,
+    life: Life,
+}
+
+/// How far the calls have come: [`Machine::start`] and [`Machine::wait`] in this order.
+enum Life {
+    Made(Box<Supervisor>),
+    Started(JoinHandle<Outcome>),
+    Ended(Outcome),
+}
+
+impl Machine {
+    /// Makes the machine that `config` describes, with its kernel loaded. What the guest writes to its serial
+    /// console goes to `console`.
+    ///
+    /// # Errors
+    /// [`MachineError`]: bad description, bad files, or a host that lacks something.
+    pub fn new(config: MachineConfig, console: Box<dyn Write + Send>) -> Result<Self, MachineError> {
+        let kind = config.engine;
+        Self::with_engine(config, console, |memory, tsc_hz, config| match kind {
+            EngineKind::Soft => {
+                let options = SoftOptions {
+                    code_cache_bytes: config.code_cache_bytes,
+                    tsc_hz,
+                    vm_name: config.name.clone(),
+                    vcpus: config.vcpus,
+                };
+                Ok(Box::new(SoftEngine::new(memory, options)?))
+            }
+            EngineKind::Kvm => Err(MachineError::NoKvm),
+        })
+    }
+
+    /// [`Self::new`] with an engine that `make` makes from guest memory, the TSC's frequency in Hz, and the
+    /// description.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and what `make` returns.
+    pub fn with_engine(
+        config: MachineConfig,
+        console: Box<dyn Write + Send>,
+        make: impl FnOnce(GuestMemory, u64, &MachineConfig) -> Result<Box<dyn Engine>, MachineError>,
+    ) -> Result<Self, MachineError> {
+        config.check()?;
+        let memory = GuestMemory::new(config.memory_bytes)?;
+        let source = BootSource {
+            kernel: config.kernel.clone(),
+            initrd: config.initrd.clone(),
+            cmdline: config.cmdline.clone(),
+        };
+        let platform = Platform { vcpus: config.vcpus };
+        let booted = berth_boot::load(&memory, &source, &platform)?;
+        info!("{} is loaded by the {}", source.kernel.display(), booted.protocol);
+
+        let (sender, events) = channel();
+        let power = sender.clone();
+        let power = PowerSink::new(move |event| {
+            // After the machine's end nobody listens.
+            let _ = power.send(Event::Power(event));
+        });
+        let board = Arc::new(Board::new(&config, &memory, power, console)?);
+        let engine = make(memory.clone(), board.tsc_hz(), &config)?;
+        if engine.interrupt_controllers() == InterruptControllers::Engine {
+            return Err(MachineError::ForeignInterruptControllers(engine.name()));
+        }
+        let context = VcpuContext {
+            vm_name: config.name.clone(),
+            board: board.clone(),
+            memory: memory.clone(),
+            events: sender.clone(),
+        };
+        let mut vcpus = Vec::new();
+        for id in (0..config.vcpus).map(VcpuId) {
+            let vcpu = engine.create_vcpu(id, board.local_apic(id))?;
+            board.attach(id, vcpu.handle());
+            let thread = VcpuThread::spawn(id, vcpu, context.clone())
+                .map_err(|source| MachineError::Thread { what: format!("vCPU {id}"), source })?;
+            vcpus.push(thread);
+        }
+        let supervisor = Supervisor::new(Parts {
+            vcpus,
+            events,
+            board: board.clone(),
+            engine,
+            memory,
+            source,
+            platform,
+            no_reboot: config.no_reboot,
+            entry: booted.state,
+        });
+        let control = MachineControl::new(sender, board);
+        Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
+    }
+
+    /// Starts the vCPUs.
+    ///
+    /// # Errors
+    /// [`MachineError::Thread`] when the host refuses the supervisor's thread; the machine has ended then.
+    ///
+    /// # Panics
+    /// When it was started already.
+    pub fn start(&mut self) -> Result<(), MachineError> {
+        let Life::Made(supervisor) = std::mem::replace(&mut self.life, Life::Ended(Outcome::Stopped)) else {
+            panic!("a machine is started once");
+        };
+        let thread = thread::Builder::new()
+            .name(thread_name(&self.name, "machine"))
+            .spawn(move || supervisor.run())
+            .map_err(|source| MachineError::Thread { what: "the machine".to_owned(), source })?;
+        self.life = Life::Started(thread);
+        Ok(())
+    }
+
+    /// A handle for other threads.
+    pub fn control(&self) -> MachineControl {
+        self.control.clone()
+    }
+
+    /// Waits for the machine's end. When this returns none of its vCPUs runs any more.
+    ///
+    /// # Panics
+    /// When it was never started.
+    pub fn wait(&mut self) -> Outcome {
+        let life = std::mem::replace(&mut self.life, Life::Ended(Outcome::Stopped));
+        let outcome = match life {
+            Life::Made(_) => panic!("a machine is started before it is waited for"),
+            Life::Started(thread) => thread.join().unwrap_or_else(|_| {
+                Outcome::Failed(
+                    "internal error: the machine's thread panicked (see the message above)".to_owned(),
+                )
+            }),
+            Life::Ended(outcome) => outcome,
+        };
+        self.life = Life::Ended(outcome.clone());
+        outcome
+    }
+}
+
+impl Drop for Machine {
+    /// Stops the machine if it runs, and waits for its threads.
+    fn drop(&mut self) {
+        if let Life::Started(_) = self.life {
+            self.control.stop();
+            self.wait();
+        }
+    }
+}

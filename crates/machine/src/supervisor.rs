@@ -1,0 +1,214 @@
+//! The thread that leads a machine through its life.
+//!
+//! ```text
+//!                 start()                power-off, debug exit, stop, failure
+//!   Loaded ────────────────► Running ────────────────► Halted ────────► end
+//!      ▲                        │ reset                  │
+//!      │                        └───────────────────► Halted
+//!      └──────── devices reset, kernel loaded again ─────┘
+//! ```
+//! The order is:
+//! 1. *Loaded*: kernel and tables are in memory, devices are as after power-up, no vCPU runs.
+//! 2. *Running*: vCPU 0 was started at the kernel's entry, the others wait for their start-up IPI.
+//! 3. *Halted*: every vCPU has reported that it is parked. Only now devices are reset and memory is loaded again,
+//!    because a running vCPU would see half of it.
+//!
+//! The first event that ends *Running* decides; what other vCPUs cause until they are parked is dropped,
+//! except a wish of the owner to stop.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use berth_boot::{BootSource, Platform};
+use berth_cpu::{CpuState, MpState, VcpuId};
+use berth_devices::power::PowerEvent;
+use berth_engine::Engine;
+use berth_memory::GuestMemory;
+use tracing::{debug, info};
+
+use crate::Outcome;
+use crate::board::Board;
+use crate::event::{Event, Parked};
+use crate::vcpu_thread::VcpuThread;
+
+/// Where in its life the machine is; see the module's description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Loaded,
+    Running,
+    Halted,
+}
+
+/// What ended *Running*.
+enum Verdict {
+    Restart,
+    End(Outcome),
+}
+
+/// All that is needed to run the machine.
+pub struct Supervisor {
+    phase: Phase,
+    vcpus: Vec<VcpuThread>,
+    events: Receiver<Event>,
+    board: Arc<Board>,
+    engine: Box<dyn Engine>,
+    memory: GuestMemory,
+    source: BootSource,
+    platform: Platform,
+    no_reboot: bool,
+    entry: CpuState,
+}
+
+/// What a supervisor is made from: a machine that is *Loaded*.
+pub struct Parts {
+    /// One thread a vCPU, none running.
+    pub vcpus: Vec<VcpuThread>,
+    /// Where events arrive.
+    pub events: Receiver<Event>,
+    /// The devices.
+    pub board: Arc<Board>,
+    /// The engine that made the vCPUs.
+    pub engine: Box<dyn Engine>,
+    /// Guest memory with the kernel loaded.
+    pub memory: GuestMemory,
+    /// What to load after a reset.
+    pub source: BootSource,
+    /// What the tables say.
+    pub platform: Platform,
+    /// Whether a reset ends the VM.
+    pub no_reboot: bool,
+    /// The state of vCPU 0 at the kernel's entry.
+    pub entry: CpuState,
+}
+
+impl Supervisor {
+    /// A machine that is *Loaded*.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { vcpus, events, board, engine, memory, source, platform, no_reboot, entry } = parts;
+        Self {
+            phase: Phase::Loaded,
+            vcpus,
+            events,
+            board,
+            engine,
+            memory,
+            source,
+            platform,
+            no_reboot,
+            entry,
+        }
+    }
+
+    /// Runs the machine to its end.
+    pub fn run(mut self) -> Outcome {
+        loop {
+            self.power_on();
+            let verdict = self.serve();
+            let halted = self.halt();
+            match (verdict, halted) {
+                (Verdict::Restart, Verdict::End(outcome)) | (Verdict::End(outcome), _) => {
+                    info!("the VM ends: {outcome:?}");
+                    return outcome;
+                }
+                (Verdict::Restart, Verdict::Restart) => {
+                    info!("the VM is reset");
+                    if let Err(error) = self.reload() {
+                        return Outcome::Failed(format!(
+                            "the kernel cannot be loaded again after a reset: {error}"
+                        ));
+                    }
+                }
+            }
+        }
+    }
+
+    /// *Loaded* to *Running*.
+    fn power_on(&mut self) {
+        self.enter(Phase::Loaded, Phase::Running);
+        let waiting = CpuState { mp_state: MpState::WaitForSipi, ..CpuState::reset() };
+        // Vcpu 0 last, so that the others are there when it sends the first IPI.
+        for vcpu in self.vcpus.iter_mut().skip(1) {
+            vcpu.start(waiting.clone());
+        }
+        if let Some(first) = self.vcpus.first_mut() {
+            first.start(self.entry.clone());
+        }
+    }
+
+    /// Handles events until one of them ends *Running*.
+    fn serve(&mut self) -> Verdict {
+        assert_eq!(self.phase, Phase::Running);
+        loop {
+            // Senders live in the board, which this has: there is always one.
+            let Ok(event) = self.events.recv() else { return Verdict::End(Outcome::Stopped) };
+            match event {
+                Event::Power(PowerEvent::PowerOff) => return Verdict::End(Outcome::PoweredOff),
+                Event::Power(PowerEvent::Reset) if self.no_reboot => return Verdict::End(Outcome::Reset),
+                Event::Power(PowerEvent::Reset) | Event::Reset => return Verdict::Restart,
+                Event::Power(PowerEvent::DebugExit(code)) => {
+                    return Verdict::End(Outcome::DebugExit(i32::from(code)));
+                }
+                Event::Stop => return Verdict::End(Outcome::Stopped),
+                Event::VcpuParked { id, parked } => {
+                    let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) else { continue };
+                    vcpu.parked();
+                    match parked {
+                        // A stop that was left over from before the last reset.
+                        Parked::Stopped => vcpu.resume(),
+                        Parked::Failed(account) => {
+                            return Verdict::End(Outcome::Failed(format!("vCPU {id}: {account}")));
+                        }
+                        Parked::Panicked => return Verdict::End(panicked(id)),
+                    }
+                }
+            }
+        }
+    }
+
+    /// *Running* to *Halted*: returns when no vCPU runs any more. The verdict is [`Verdict::End`] if something
+    /// happened meanwhile that forbids a restart.
+    fn halt(&mut self) -> Verdict {
+        self.enter(Phase::Running, Phase::Halted);
+        for vcpu in &self.vcpus {
+            vcpu.request_stop();
+        }
+        let mut verdict = Verdict::Restart;
+        while self.vcpus.iter().any(VcpuThread::is_running) {
+            match self.events.recv() {
+                Ok(Event::VcpuParked { id, parked }) => {
+                    if let Parked::Panicked = parked {
+                        verdict = Verdict::End(panicked(id));
+                    }
+                    if let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) {
+                        vcpu.parked();
+                    }
+                }
+                Ok(Event::Stop) => verdict = Verdict::End(Outcome::Stopped),
+                Ok(Event::Power(event)) => debug!("{event:?} came while the VM halted"),
+                Ok(Event::Reset) => {}
+                Err(_) => break,
+            }
+        }
+        verdict
+    }
+
+    /// *Halted* to *Loaded*.
+    fn reload(&mut self) -> Result<(), berth_boot::BootError> {
+        self.enter(Phase::Halted, Phase::Loaded);
+        self.board.reset();
+        self.entry = berth_boot::load(&self.memory, &self.source, &self.platform)?.state;
+        for region in self.memory.regions() {
+            self.engine.memory_written(region.start, region.len);
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, from: Phase, to: Phase) {
+        assert_eq!(self.phase, from, "the machine goes through its phases in order");
+        self.phase = to;
+    }
+}
+
+fn panicked(id: VcpuId) -> Outcome {
+    Outcome::Failed(format!("vCPU {id}: internal error: its thread panicked (see the message above)"))
+}

@@ -1,0 +1,21 @@
+//! Guest physical memory.
+//!
+//! ```text
+//!   guest virtual ──(guest page tables: the engine)──► guest physical ──(this crate)──► host virtual
+//! ```
+//!
+//! Three address spaces never mix, so each has its own type: [`GuestVirtAddr`], [`GuestPhysAddr`] and
+//! [`HostVirtAddr`].
+//!
+//! RAM is anonymous private memory, mapped once and not touched until the guest does. It is laid out as
+//! on a PC: from 0 up to the hole below 4 GiB ([`layout`]), and the rest from 4 GiB on.
+//!
+//! Guest memory is never handed out as a Rust reference, because another vCPU or a device may write it at
+//! any time: accesses copy, or go through raw pointers with volatile or atomic operations.
+
+mod address;
+pub mod layout;
+mod ram;
+
+pub use address::{GuestPhysAddr, GuestVirtAddr, HostVirtAddr, PAGE_SHIFT, PAGE_SIZE};
+pub use ram::{GuestMemory, MemoryError, RamRegion};

@@ -1,0 +1,186 @@
+//! RAM: regions of guest physical memory backed by anonymous host memory.
+
+use std::sync::Arc;
+
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM};
+use crate::{GuestPhysAddr, HostVirtAddr, PAGE_SIZE};
+
+/// Why guest memory could not be made or accessed.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The size is not usable for a VM.
+    #[error(
+        "memory size {size} is not possible: it must be a multiple of 4096 from 1 MiB to {MAX_RAM} bytes"
+    )]
+    BadSize {
+        /// What was asked for, in bytes.
+        size: u64,
+    },
+    /// The host refused to map the memory.
+    #[error("the host refused to reserve {size} bytes of address space for guest memory: {reason}")]
+    Map {
+        /// What was asked for, in bytes.
+        size: u64,
+        /// What the host said.
+        reason: String,
+    },
+    /// The access is not inside RAM.
+    #[error("no RAM at guest physical {start} for {len} bytes")]
+    OutOfRange {
+        /// First address of the access.
+        start: GuestPhysAddr,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// One contiguous piece of RAM.
+#[derive(Clone, Copy, Debug)]
+pub struct RamRegion {
+    /// First guest physical address.
+    pub start: GuestPhysAddr,
+    /// Length in bytes, a multiple of 4096.
+    pub len: u64,
+    /// Where it is mapped in this process.
+    pub host: HostVirtAddr,
+}
+
+impl RamRegion {
+    /// The first address past the region.
+    pub fn end(&self) -> GuestPhysAddr {
+        self.start + self.len
+    }
+}
+
+/// The RAM of one VM. Cheap to clone: clones share the memory.
+#[derive(Clone)]
+pub struct GuestMemory {
+    map: Arc<GuestMemoryMmap>,
+    regions: Arc<[RamRegion]>,
+    size: u64,
+}
+
+impl std::fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestMemory").field("regions", &self.regions).finish()
+    }
+}
+
+impl GuestMemory {
+    /// Reserves `size` bytes of RAM, laid out around the hole below 4 GiB. Nothing is resident yet.
+    ///
+    /// # Errors
+    /// [`MemoryError::BadSize`] unless `size` is a multiple of 4096 from 1 MiB to [`MAX_RAM`];
+    /// [`MemoryError::Map`] when the host has no address space for it.
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        if !size.is_multiple_of(PAGE_SIZE) || !(1 << 20..=MAX_RAM).contains(&size) {
+            return Err(MemoryError::BadSize { size });
+        }
+        let low = size.min(LOW_RAM_END.0);
+        let mut ranges = vec![(GuestAddress(0), low as usize)];
+        if size > low {
+            ranges.push((GuestAddress(HIGH_RAM_START.0), (size - low) as usize));
+        }
+        let map: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&ranges)
+            .map_err(|e| MemoryError::Map { size, reason: e.to_string() })?;
+        let regions = map
+            .iter()
+            .map(|r: &GuestRegionMmap| RamRegion {
+                start: GuestPhysAddr(r.start_addr().0),
+                len: r.len(),
+                host: HostVirtAddr(r.as_ptr() as u64),
+            })
+            .collect();
+        Ok(Self { map: Arc::new(map), regions, size })
+    }
+
+    /// Size of all RAM in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The pieces of RAM, in ascending order of guest physical address.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// The same memory as rust-vmm's crates want it.
+    pub fn map(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+
+    /// Where `len` bytes from `start` on are mapped in this process, if all of them are RAM of one region.
+    ///
+    /// The pointer is valid as long as this `GuestMemory` or a clone lives. Others may write the memory at
+    /// any time: use volatile or atomic accesses.
+    pub fn host_address(&self, start: GuestPhysAddr, len: u64) -> Option<HostVirtAddr> {
+        self.regions.iter().find_map(|r| {
+            let offset = start.0.checked_sub(r.start.0)?;
+            (offset < r.len && len <= r.len - offset).then(|| r.host + offset)
+        })
+    }
+
+    /// Copies `data` to guest physical `start`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when not all of it is RAM; then what comes before the end was written.
+    pub fn write(&self, start: GuestPhysAddr, data: &[u8]) -> Result<(), MemoryError> {
+        self.map
+            .write_slice(data, GuestAddress(start.0))
+            .map_err(|_| MemoryError::OutOfRange { start, len: data.len() as u64 })
+    }
+
+    /// Fills `data` from guest physical `start`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when not all of it is RAM.
+    pub fn read(&self, start: GuestPhysAddr, data: &mut [u8]) -> Result<(), MemoryError> {
+        let len = data.len() as u64;
+        self.map.read_slice(data, GuestAddress(start.0)).map_err(|_| MemoryError::OutOfRange { start, len })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_memory_is_one_region_from_zero() {
+        let m = GuestMemory::new(64 << 20).unwrap();
+        assert_eq!(m.regions().len(), 1);
+        assert_eq!(m.regions()[0].start, GuestPhysAddr(0));
+        assert_eq!(m.regions()[0].end(), GuestPhysAddr(64 << 20));
+    }
+
+    #[test]
+    fn large_memory_leaves_the_hole_free() {
+        let m = GuestMemory::new(4 << 30).unwrap();
+        assert_eq!(m.regions().len(), 2);
+        assert_eq!(m.regions()[0].end(), LOW_RAM_END);
+        assert_eq!(m.regions()[1].start, HIGH_RAM_START);
+        assert_eq!(m.regions().iter().map(|r| r.len).sum::<u64>(), 4 << 30);
+        assert!(m.host_address(LOW_RAM_END, 1).is_none());
+        assert!(m.host_address(GuestPhysAddr(LOW_RAM_END.0 - 1), 2).is_none());
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 1024, 4096, (1 << 20) + 1, u64::MAX, MAX_RAM + PAGE_SIZE] {
+            assert!(matches!(GuestMemory::new(size), Err(MemoryError::BadSize { .. })), "{size}");
+        }
+    }
+
+    #[test]
+    fn reads_give_back_what_was_written() {
+        let m = GuestMemory::new(1 << 20).unwrap();
+        m.write(GuestPhysAddr(0xfff), b"across a page").unwrap();
+        let mut back = [0; 13];
+        m.read(GuestPhysAddr(0xfff), &mut back).unwrap();
+        assert_eq!(&back, b"across a page");
+        assert!(m.write(GuestPhysAddr((1 << 20) - 1), &[1, 2]).is_err());
+    }
+}

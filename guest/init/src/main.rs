@@ -1,0 +1,90 @@
+//! The init program (PID 1) of Berth's default guest.
+//!
+//! ```text
+//!   kernel ─► mounts ─► drivers of the PCI devices that exist ─► shell or command on the console
+//!                                                                     │
+//!        power button (ACPI event), poweroff, end of the shell ───────┴─► shutdown
+//! ```
+//!
+//! It is one static program without threads. What it does not need at the prompt (the power button's driver)
+//! it loads after the shell was started, so that the prompt comes early.
+//!
+//! Kernel command line: `berth.name=` host name, `berth.run="…"` a command instead of the shell,
+//! `berth.winsize=COLUMNSxROWS` size of the user's terminal.
+
+mod acpi_event;
+mod cmdline;
+mod console;
+mod filesystem;
+mod modules;
+mod power;
+mod signals;
+
+use std::io::Write;
+
+use cmdline::CommandLine;
+use console::Console;
+use power::Action;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!(
+            "This is the init program of a Berth guest: it only runs as process 1 of a virtual machine."
+        );
+        std::process::exit(2);
+    }
+    let action = run().unwrap_or_else(|e| {
+        complain(&format!("init cannot go on: {e}"));
+        Action::PowerOff
+    });
+    power::shut_down(action)
+}
+
+/// Brings the guest up and stays until something ends it.
+fn run() -> std::io::Result<Action> {
+    filesystem::mount_all();
+    let cmdline = CommandLine::read();
+    if let Some(name) = &cmdline.name {
+        filesystem::set_host_name(name);
+    }
+    let mut modules = modules::Modules::for_running_kernel();
+    modules.load_for_bus("pci");
+    modules.load_for_bus("virtio");
+
+    let signals = signals::Signals::block_and_open()?;
+    let console = Console::find();
+    console.set_size(cmdline.window);
+    say(&filesystem::summary());
+    let child = console.spawn(cmdline.command.as_deref())?;
+
+    // In this order: from the moment that the button works there is someone who listens.
+    let acpi =
+        acpi_event::AcpiEvents::open().inspect_err(|e| complain(&format!("no power button: {e}"))).ok();
+    modules.load_for_bus("acpi");
+
+    loop {
+        signals.wait(acpi.as_ref())?;
+        if acpi.as_ref().is_some_and(acpi_event::AcpiEvents::power_button_pressed) {
+            return Ok(Action::PowerOff);
+        }
+        if let Some(action) = signals.requested_action() {
+            return Ok(action);
+        }
+        if let Some(status) = power::reap(child) {
+            if cmdline.command.is_some() {
+                say(&format!("Berth guest: exit status {status}"));
+            }
+            return Ok(Action::PowerOff);
+        }
+    }
+}
+
+/// Prints a line on the console. A console that does not work is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// As [`say`], for something that went wrong.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "Berth guest: {line}");
+}
