@@ -2,19 +2,12 @@
 
 use std::path::PathBuf;
 
-use berth_cpu::MAX_VCPUS;
-use berth_memory::layout::MAX_RAM;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use clap_complete::Shell;
+use clap::builder::PossibleValuesParser;
+use clap::{Args, Parser, Subcommand};
+use clap_complete::env::Shells;
 
-use crate::size;
-
-/// Smallest RAM of a VM in bytes.
-const MIN_RAM: u64 = 1 << 20;
-/// Bounds of the code cache in bytes.
-const CODE_CACHE: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
-/// Longest name of a VM: what a host name may have (RFC 1123).
-const MAX_NAME: usize = 63;
+use crate::image::ImageCommand;
+use crate::options::VmOptions;
 
 /// Runs virtual machines on any x86-64 Linux host.
 #[derive(Debug, Parser)]
@@ -39,10 +32,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Print completions for a shell
+    /// Make, list and remove images: root disks that VMs start from
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Print what makes a shell complete `berth`, for its start-up file
     Completions {
         /// The shell
-        shell: Shell,
+        #[arg(value_parser = PossibleValuesParser::new(Shells::builtins().names()))]
+        shell: String,
     },
 }
 
@@ -62,84 +59,26 @@ and at once by a second signal.
 Exit code: 0 when the guest powered off or you ended the VM, 1 when something failed, 2 for bad arguments; \
 with --debug-exit what the guest asks for.")]
 pub struct RunArguments {
-    /// Name of the VM: letters, digits, '-', '_' and '.' [default: vm- and the process number]
-    #[arg(long, value_parser = parse_name)]
-    pub name: Option<String>,
-    /// What executes the guest
-    #[arg(long, value_enum, default_value_t = Engine::Auto)]
-    pub engine: Engine,
-    /// Number of virtual CPUs, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
-    pub cpus: u8,
-    /// Memory, such as 512M or 2G
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_memory)]
-    pub memory: u64,
-    /// Kernel: a bzImage, or an ELF file with a PVH note or a multiboot header
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
-    /// Initial RAM disk
-    #[arg(long, value_name = "FILE")]
-    pub initrd: Option<PathBuf>,
-    /// Kernel command line; for the default guest added to its own, else instead of `console=ttyS0`
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub append: Option<String>,
-    /// Fail if no kernel is named
-    #[arg(long)]
-    pub no_default_guest: bool,
-    /// End the VM when the guest reboots
-    #[arg(long)]
-    pub no_reboot: bool,
-    /// Give the guest a port 0xf4: a value written there ends the VM with exit code value*2+1
-    #[arg(long)]
-    pub debug_exit: bool,
-    /// Most memory for translated code (soft engine)
-    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_code_cache)]
-    pub code_cache: u64,
-}
-
-/// What executes the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Engine {
-    /// What suits this host (see `berth host`)
-    Auto,
-    /// Berth's translator: needs nothing
-    Soft,
-    /// The CPU's virtualization through /dev/kvm
-    Kvm,
-}
-
-fn parse_memory(text: &str) -> Result<u64, size::SizeError> {
-    size::parse_pages(text, MIN_RAM..=MAX_RAM)
-}
-
-fn parse_code_cache(text: &str) -> Result<u64, size::SizeError> {
-    size::parse_pages(text, CODE_CACHE)
-}
-
-/// The name becomes the guest's host name and part of names on the host.
-fn parse_name(text: &str) -> Result<String, String> {
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if text.len() > MAX_NAME {
-        Err(format!("it has more than {MAX_NAME} characters"))
-    } else if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) || !text.chars().all(good) {
-        Err("a name begins with a letter or digit, and '-', '_' and '.' may follow".to_owned())
-    } else {
-        Ok(text.to_owned())
-    }
+    /// Take options from a VM file (TOML); those on the command line override it
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// What describes the VM.
+    #[command(flatten)]
+    pub vm: VmOptions,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::options::Engine;
     use clap::CommandFactory;
 
-    fn run(arguments: &[&str]) -> Result<RunArguments, String> {
+    fn run(arguments: &[&str]) -> Result<VmOptions, String> {
         match Cli::try_parse_from(["berth", "run"].iter().chain(arguments))
             .map_err(|e| e.to_string())?
             .command
         {
-            Command::Run(arguments) => Ok(*arguments),
+            Command::Run(arguments) => Ok(arguments.vm),
             other => Err(format!("{other:?}")),
         }
     }
@@ -152,8 +91,11 @@ mod tests {
     #[test]
     fn defaults() {
         let a = run(&[]).unwrap();
-        assert_eq!((a.cpus, a.memory, a.engine), (1, 512 << 20, Engine::Auto));
-        assert!(a.kernel.is_none() && !a.no_reboot && !a.debug_exit);
+        assert_eq!(
+            (a.cpus(), a.memory(), a.code_cache(), a.engine()),
+            (1, 512 << 20, 64 << 20, Engine::Auto)
+        );
+        assert_eq!(a, VmOptions::default());
     }
 
     #[test]
@@ -180,9 +122,22 @@ mod tests {
             "16M",
         ])
         .unwrap();
-        assert_eq!(a.name.as_deref(), Some("web.1"));
-        assert_eq!((a.cpus, a.memory, a.code_cache), (64, 2 << 30, 16 << 20));
+        assert_eq!(a.name, Some("web.1".parse().unwrap()));
+        assert_eq!((a.cpus(), a.memory(), a.code_cache()), (64, 2 << 30, 16 << 20));
+        assert_eq!((a.no_reboot, a.debug_exit, a.no_default_guest), (Some(true), Some(true), Some(true)));
         assert_eq!(a.append.as_deref(), Some("-x quiet"));
+    }
+
+    #[test]
+    fn the_command_line_overrides_a_vm_file() {
+        let file: VmOptions =
+            toml::from_str("name = 'file'\ncpus = 8\nno-reboot = true\ndebug-exit = true").unwrap();
+        let all = run(&["--name", "line", "--no-reboot=false", "--memory", "1G"]).unwrap().or(file);
+        assert_eq!(
+            (all.name.clone().map(String::from), all.cpus(), all.memory()),
+            (Some("line".to_owned()), 8, 1 << 30)
+        );
+        assert_eq!((all.no_reboot, all.debug_exit), (Some(false), Some(true)));
     }
 
     #[test]

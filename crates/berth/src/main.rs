@@ -4,36 +4,44 @@
 //! failed; 2 for a command line that makes no sense; the guest's own code with `--debug-exit`.
 
 mod cli;
+mod completions;
 mod console;
 mod escape;
 mod host_report;
+mod image;
 mod log;
+mod options;
 mod run;
 mod shutdown;
 mod size;
 mod terminal;
+mod vm_file;
 
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser};
+use clap::Parser;
 
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
+    completions::answer_shell();
     let cli = Cli::parse();
     log::start();
     match cli.command {
         Command::Run(arguments) => run::run(&arguments).unwrap_or_else(|e| {
             log::message(&format!("error: {e}"));
-            ExitCode::FAILURE
+            e.exit_code()
         }),
         Command::Host { json } => print(&host_report::report(json)),
-        Command::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "berth", &mut script);
-            print(&String::from_utf8_lossy(&script))
-        }
+        Command::Image(command) => match image::image(command) {
+            Ok(text) => print(&text),
+            Err(e) => {
+                log::message(&format!("error: {e}"));
+                ExitCode::FAILURE
+            }
+        },
+        Command::Completions { shell } => print(&completions::script(&shell)),
     }
 }
 

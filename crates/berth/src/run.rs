@@ -9,10 +9,12 @@ use std::time::Duration;
 use berth_guest_image::{GuestImageError, KERNEL_PARAMETERS};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome};
 
-use crate::cli::{Cli, Engine, RunArguments};
+use crate::cli::{Cli, RunArguments};
 use crate::console::{self, Guest};
 use crate::escape::{HELP, Key};
+use crate::options::{Engine, VmOptions};
 use crate::terminal::RawTerminal;
+use crate::vm_file::{self, VmFileError};
 use crate::{log, shutdown, size, terminal};
 
 /// Command line for a kernel that the user names without one.
@@ -24,6 +26,9 @@ pub enum RunError {
     /// The engine is not there.
     #[error("the kvm engine is not available yet in this version of Berth: use --engine soft")]
     NoKvm,
+    /// The VM file.
+    #[error(transparent)]
+    File(#[from] VmFileError),
     /// The default guest.
     #[error(transparent)]
     Guest(#[from] GuestImageError),
@@ -42,6 +47,14 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// The exit code of the command: 2 when the user's description of the VM makes no sense, else 1.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::File(VmFileError::Content { .. }) => ExitCode::from(2),
+            _ => ExitCode::FAILURE,
+        }
+    }
+
     fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Host { what, source }
     }
@@ -59,25 +72,29 @@ struct Boot {
 /// # Errors
 /// [`RunError`] when it cannot be started.
 pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
-    let engine = match arguments.engine {
+    let mut options = arguments.vm.clone();
+    if let Some(path) = &arguments.file {
+        options = options.or(vm_file::read(path)?);
+    }
+    let engine = match options.engine() {
         Engine::Kvm => return Err(RunError::NoKvm),
         // The kvm engine does not exist yet, so there is nothing to choose from.
         Engine::Auto | Engine::Soft => EngineKind::Soft,
     };
     let on_terminal = terminal::is_terminal();
-    let name = arguments.name.clone().unwrap_or_else(|| format!("vm-{}", std::process::id()));
-    let boot = choose_boot(arguments, &name, on_terminal)?;
+    let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
+    let boot = choose_boot(&options, &name, on_terminal)?;
     let config = MachineConfig {
         name: name.clone(),
         engine,
-        vcpus: arguments.cpus,
-        memory_bytes: arguments.memory,
+        vcpus: options.cpus(),
+        memory_bytes: options.memory(),
         kernel: boot.kernel,
         initrd: boot.initrd,
         cmdline: boot.cmdline,
-        debug_exit: arguments.debug_exit,
-        no_reboot: arguments.no_reboot,
-        code_cache_bytes: arguments.code_cache,
+        debug_exit: options.debug_exit.unwrap_or(false),
+        no_reboot: options.no_reboot.unwrap_or(false),
+        code_cache_bytes: options.code_cache(),
     };
     tracing::info!(?config, "starting");
 
@@ -87,11 +104,11 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     let control = machine.control();
     let ending = shutdown::watch_signals(control.clone()).map_err(RunError::host("signals"))?;
     let raw = if on_terminal {
-        let s = if arguments.cpus == 1 { "" } else { "s" };
-        let memory = size::show(arguments.memory);
+        let s = if options.cpus() == 1 { "" } else { "s" };
+        let memory = size::show(options.memory());
         log::message(&format!(
             "{name}: {} vCPU{s}, {memory}, soft engine; Ctrl-A h lists keys",
-            arguments.cpus
+            options.cpus()
         ));
         Some(RawTerminal::enter().map_err(RunError::host("the terminal"))?)
     } else {
@@ -110,15 +127,15 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
 }
 
 /// Kernel, initrd and command line: the user's, or those of the default guest where the user names none.
-fn choose_boot(arguments: &RunArguments, name: &str, on_terminal: bool) -> Result<Boot, RunError> {
-    if let Some(kernel) = &arguments.kernel {
+fn choose_boot(options: &VmOptions, name: &str, on_terminal: bool) -> Result<Boot, RunError> {
+    if let Some(kernel) = &options.kernel {
         return Ok(Boot {
             kernel: kernel.clone(),
-            initrd: arguments.initrd.clone(),
-            cmdline: arguments.append.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
+            initrd: options.initrd.clone(),
+            cmdline: options.append.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
         });
     }
-    if arguments.no_default_guest {
+    if options.no_default_guest.unwrap_or(false) {
         use clap::CommandFactory;
         let text = "no kernel is named: pass --kernel FILE, or leave --no-default-guest out";
         Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, text).exit();
@@ -128,8 +145,8 @@ fn choose_boot(arguments: &RunArguments, name: &str, on_terminal: bool) -> Resul
     let window = on_terminal.then(terminal::size).flatten();
     Ok(Boot {
         kernel: guest.kernel,
-        initrd: Some(arguments.initrd.clone().unwrap_or(guest.initrd)),
-        cmdline: default_guest_cmdline(name, window, term.as_deref(), arguments.append.as_deref()),
+        initrd: Some(options.initrd.clone().unwrap_or(guest.initrd)),
+        cmdline: default_guest_cmdline(name, window, term.as_deref(), options.append.as_deref()),
     })
 }
 

@@ -20,9 +20,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::progress::Progress;
+use crate::record::{FileRecord, sha256};
 use crate::{DefaultGuest, GuestImageError, initramfs};
 
 /// Name of the cache's directory. The number changes whenever what is in it would be made differently.
@@ -62,16 +62,6 @@ struct Manifest {
     files: BTreeMap<String, FileRecord>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct FileRecord {
-    /// In bytes.
-    size: u64,
-    /// Modification time in nanoseconds since 1970.
-    modified: u64,
-    /// In hexadecimal digits.
-    sha256: String,
-}
-
 /// One user's cache.
 pub struct Cache {
     root: PathBuf,
@@ -95,7 +85,7 @@ impl Cache {
             return Ok(guest);
         }
         fs::create_dir_all(&self.root).map_err(GuestImageError::file("make the directory", &self.root))?;
-        let progress = Progress::new();
+        let progress = Progress::default();
         let _lock = self.lock(&progress)?;
         // Another process may have made it while we waited.
         if let Some(guest) = self.intact() {
@@ -143,14 +133,7 @@ impl Cache {
     }
 
     fn is_intact(&self, manifest: &Manifest, name: &str) -> bool {
-        let path = self.directory.join(name);
-        let (Some(record), Ok(metadata)) = (manifest.files.get(name), fs::metadata(&path)) else {
-            return false;
-        };
-        metadata.is_file()
-            && metadata.len() == record.size
-            && (modified(&metadata) == record.modified
-                || fs::read(&path).is_ok_and(|content| sha256(&content) == record.sha256))
+        manifest.files.get(name).is_some_and(|record| record.is_intact(&self.directory.join(name)))
     }
 
     /// Waits until this process alone makes things. The lock ends with the file.
@@ -255,16 +238,7 @@ fn write_file(path: &Path, content: &[u8]) -> Result<FileRecord, GuestImageError
     };
     let metadata = write().map_err(GuestImageError::file("write", &temporary))?;
     fs::rename(&temporary, path).map_err(GuestImageError::file("put in place", path))?;
-    Ok(FileRecord { size: content.len() as u64, modified: modified(&metadata), sha256: sha256(content) })
-}
-
-fn modified(metadata: &fs::Metadata) -> u64 {
-    let since = metadata.modified().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
-    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
-}
-
-fn sha256(data: &[u8]) -> String {
-    Sha256::digest(data).iter().map(|b| format!("{b:02x}")).collect()
+    Ok(FileRecord::of_content(content, &metadata))
 }
 
 #[cfg(test)]

@@ -53,7 +53,7 @@ fn read(from: impl Read, limit: u64) -> Result<Vec<u8>, String> {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::io::Write;
 

@@ -13,12 +13,13 @@
 
 mod apt;
 mod cache;
-mod decompress;
+pub mod decompress;
 mod initramfs;
 mod modules;
 mod packages;
-mod progress;
-mod vmlinux;
+pub mod progress;
+pub mod record;
+pub mod vmlinux;
 
 use std::ffi::OsString;
 use std::io;

@@ -1,4 +1,4 @@
-//! What the user sees while the default guest is made.
+//! What the user sees while a guest is made.
 
 use std::io::{IsTerminal, stderr};
 use std::time::Duration;
@@ -10,12 +10,14 @@ pub struct Progress {
     bar: Option<ProgressBar>,
 }
 
-impl Progress {
+impl Default for Progress {
     /// Nothing is shown until the first step.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { bar: stderr().is_terminal().then(|| ProgressBar::new(1000)) }
     }
+}
 
+impl Progress {
     /// A new step begins.
     pub fn step(&self, what: &str) {
         let Some(bar) = &self.bar else {

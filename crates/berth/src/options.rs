@@ -1,0 +1,168 @@
+//! What a VM is made of: the options that the command line and a VM file have in common.
+//!
+//! An option that nobody names is `None`, so that one source can override the other; what holds then is said by
+//! the methods of [`VmOptions`]. A new option is a field of [`VmOptions`], a line in [`VmOptions::or`], and one in
+//! docs/vm-file.md.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use berth_cpu::MAX_VCPUS;
+use berth_image::Name;
+use berth_memory::layout::MAX_RAM;
+use clap::{Args, ValueEnum};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+
+use crate::size;
+
+/// Smallest RAM of a VM in bytes.
+const MIN_RAM: u64 = 1 << 20;
+/// Bounds of the code cache in bytes.
+const CODE_CACHE: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
+
+/// Options of `berth run` that describe the VM. In a VM file each is a key of the same name.
+#[derive(Args, Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmOptions {
+    /// Name of the VM: letters, digits, '-', '_' and '.' [default: vm- and the process number]
+    #[arg(long)]
+    pub name: Option<Name>,
+    /// What executes the guest [default: auto]
+    #[arg(long, value_enum)]
+    pub engine: Option<Engine>,
+    /// Number of virtual CPUs, 1 to 64 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
+    #[serde(deserialize_with = "cpus")]
+    pub cpus: Option<u8>,
+    /// Memory, such as 512M or 2G [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    #[serde(deserialize_with = "memory")]
+    pub memory: Option<u64>,
+    /// Kernel: a bzImage, or an ELF file with a PVH note or a multiboot header
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line; for the default guest added to its own, else instead of `console=ttyS0`
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// Fail if no kernel is named
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub no_default_guest: Option<bool>,
+    /// End the VM when the guest reboots
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub no_reboot: Option<bool>,
+    /// Give the guest a port 0xf4: a value written there ends the VM with exit code value*2+1
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub debug_exit: Option<bool>,
+    /// Most memory for translated code (soft engine) [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_code_cache)]
+    #[serde(deserialize_with = "code_cache")]
+    pub code_cache: Option<u64>,
+}
+
+impl VmOptions {
+    /// These options, and those of `others` where these say nothing.
+    pub fn or(self, others: Self) -> Self {
+        // No `..`: whoever adds an option is told to add it here.
+        let Self {
+            name,
+            engine,
+            cpus,
+            memory,
+            kernel,
+            initrd,
+            append,
+            no_default_guest,
+            no_reboot,
+            debug_exit,
+            code_cache,
+        } = self;
+        Self {
+            name: name.or(others.name),
+            engine: engine.or(others.engine),
+            cpus: cpus.or(others.cpus),
+            memory: memory.or(others.memory),
+            kernel: kernel.or(others.kernel),
+            initrd: initrd.or(others.initrd),
+            append: append.or(others.append),
+            no_default_guest: no_default_guest.or(others.no_default_guest),
+            no_reboot: no_reboot.or(others.no_reboot),
+            debug_exit: debug_exit.or(others.debug_exit),
+            code_cache: code_cache.or(others.code_cache),
+        }
+    }
+
+    /// Relative paths are taken from `directory` from now on.
+    pub fn relative_to(&mut self, directory: &Path) {
+        for path in [&mut self.kernel, &mut self.initrd].into_iter().flatten() {
+            *path = directory.join(&path);
+        }
+    }
+
+    /// What executes the guest.
+    pub fn engine(&self) -> Engine {
+        self.engine.unwrap_or(Engine::Auto)
+    }
+
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    pub fn cpus(&self) -> u8 {
+        self.cpus.unwrap_or(1)
+    }
+
+    /// Memory in bytes.
+    pub fn memory(&self) -> u64 {
+        self.memory.unwrap_or(512 << 20)
+    }
+
+    /// Most memory for translated code in bytes.
+    pub fn code_cache(&self) -> u64 {
+        self.code_cache.unwrap_or(64 << 20)
+    }
+}
+
+/// What executes the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// What suits this host (see `berth host`)
+    Auto,
+    /// Berth's translator: needs nothing
+    Soft,
+    /// The CPU's virtualization through /dev/kvm
+    Kvm,
+}
+
+fn parse_memory(text: &str) -> Result<u64, size::SizeError> {
+    size::parse_pages(text, MIN_RAM..=MAX_RAM)
+}
+
+fn parse_code_cache(text: &str) -> Result<u64, size::SizeError> {
+    size::parse_pages(text, CODE_CACHE)
+}
+
+fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    text(deserializer, parse_memory)
+}
+
+fn code_cache<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    text(deserializer, parse_code_cache)
+}
+
+fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
+    let number = i64::deserialize(deserializer)?;
+    match u8::try_from(number) {
+        Ok(cpus @ 1..=MAX_VCPUS) => Ok(Some(cpus)),
+        _ => Err(D::Error::custom(format!("from 1 to {MAX_VCPUS} are possible"))),
+    }
+}
+
+/// A value that is written as text, as on the command line.
+fn text<'de, D: Deserializer<'de>, T, E: Display>(
+    deserializer: D,
+    parse: impl FnOnce(&str) -> Result<T, E>,
+) -> Result<Option<T>, D::Error> {
+    parse(&String::deserialize(deserializer)?).map(Some).map_err(D::Error::custom)
+}

@@ -1,0 +1,214 @@
+//! VM files: the description of a VM in TOML (docs/vm-file.md). A key is an option of `berth run`.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde_aux::serde_introspection::serde_introspect;
+use toml::de::DeTable;
+
+use crate::options::VmOptions;
+
+/// Most bytes of a VM file: far more than anybody writes, far less than a disk that is named by mistake.
+const MAX_FILE: u64 = 1 << 20;
+/// How alike two keys are, 0.0 to 1.0, if one may be meant by the other.
+const ALIKE: f64 = 0.75;
+
+/// Why a VM file is of no use. One line for people.
+#[derive(Debug, thiserror::Error)]
+pub enum VmFileError {
+    /// It cannot be read.
+    #[error("VM file {}: cannot be read: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is no description of a VM.
+    #[error("VM file {}, line {line}: {reason}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// Where, from 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// What is wrong, and where in the text.
+type Fault = (Range<usize>, String);
+
+/// The options in the file at `path`. Relative paths in it are those of its own directory.
+///
+/// # Errors
+/// [`VmFileError`].
+pub fn read(path: &Path) -> Result<VmOptions, VmFileError> {
+    let text = read_text(path).map_err(|source| VmFileError::Read { path: path.to_owned(), source })?;
+    let mut options = parse(&text).map_err(|(span, reason)| {
+        let before = text.get(..span.start).unwrap_or(&text);
+        let line = 1 + before.matches('\n').count();
+        VmFileError::Content { path: path.to_owned(), line, reason }
+    })?;
+    options.relative_to(path.parent().unwrap_or(Path::new("")));
+    Ok(options)
+}
+
+fn read_text(path: &Path) -> std::io::Result<String> {
+    use std::io::Read;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(std::io::Error::other(format!("it has more than {MAX_FILE} bytes")));
+    }
+    Ok(text)
+}
+
+fn parse(text: &str) -> Result<VmOptions, Fault> {
+    let fault = |e: &toml::de::Error| (e.span().unwrap_or_default(), e.message().replace('\n', ", "));
+    let table = DeTable::parse(text).map_err(|e| fault(&e))?;
+    check_keys(table.get_ref(), serde_introspect::<VmOptions>())?;
+    toml::from_str(text).map_err(|e| {
+        let (span, reason) = fault(&e);
+        let value = text.get(span.clone()).filter(|v| !v.is_empty() && !v.contains('\n'));
+        let reason = value.map_or(reason.clone(), |v| format!("{v} is not possible here: {reason}"));
+        (span, reason)
+    })
+}
+
+/// Refuses keys that are not among `known`, and says which one may be meant.
+fn check_keys(table: &DeTable<'_>, known: &[&str]) -> Result<(), Fault> {
+    for key in table.keys() {
+        let name = key.get_ref();
+        if known.contains(&name.as_ref()) {
+            continue;
+        }
+        let alike = known.iter().map(|k| (strsim::jaro_winkler(k, name), k));
+        let hint = match alike.max_by(|a, b| a.0.total_cmp(&b.0)) {
+            Some((similarity, nearest)) if similarity >= ALIKE => format!("did you mean {nearest:?}?"),
+            _ => format!("possible are {}", known.join(", ")),
+        };
+        return Err((key.span(), format!("unknown key {name:?}: {hint}")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Engine;
+
+    fn reason(text: &str) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.toml");
+        std::fs::write(&path, text).unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        error.strip_prefix(&format!("VM file {}, ", path.display())).unwrap().to_owned()
+    }
+
+    #[test]
+    fn every_key_is_an_option() {
+        let text = r#"
+            name = "web"
+            engine = "soft"
+            cpus = 4
+            memory = "2G"
+            kernel = "vmlinuz"
+            initrd = "/boot/initrd"
+            append = "quiet"
+            no-default-guest = true
+            no-reboot = true
+            debug-exit = false
+            code-cache = "16M"
+        "#;
+        let keys = serde_introspect::<VmOptions>();
+        assert!(keys.iter().all(|k| text.contains(&format!("{k} = "))), "not all of {keys:?} are tested");
+        let expected = VmOptions {
+            name: Some("web".parse().unwrap()),
+            engine: Some(Engine::Soft),
+            cpus: Some(4),
+            memory: Some(2 << 30),
+            kernel: Some("vmlinuz".into()),
+            initrd: Some("/boot/initrd".into()),
+            append: Some("quiet".to_owned()),
+            no_default_guest: Some(true),
+            no_reboot: Some(true),
+            debug_exit: Some(false),
+            code_cache: Some(16 << 20),
+        };
+        assert_eq!(parse(text), Ok(expected));
+        assert_eq!(parse(""), Ok(VmOptions::default()));
+    }
+
+    #[test]
+    fn relative_paths_are_those_of_the_files_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vm.toml");
+        std::fs::write(&path, "kernel = 'k'\ninitrd = '/i'\n").unwrap();
+        let options = read(&path).unwrap();
+        assert_eq!(options.kernel, Some(dir.path().join("k")));
+        assert_eq!(options.initrd, Some("/i".into()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_the_nearest_and_its_line() {
+        for (text, said) in [
+            ("name = 'a'\n\ncpu = 2\n", "line 3: unknown key \"cpu\": did you mean \"cpus\"?"),
+            ("Memory = '1G'", "line 1: unknown key \"Memory\": did you mean \"memory\"?"),
+            (
+                "memory = '1G'\nno_reboot = true",
+                "line 2: unknown key \"no_reboot\": did you mean \"no-reboot\"?",
+            ),
+            ("[codecache]\nx = 1", "line 1: unknown key \"codecache\": did you mean \"code-cache\"?"),
+        ] {
+            assert_eq!(reason(text), said);
+        }
+        let said = reason("xyzzy = 1");
+        assert!(said.starts_with("line 1: unknown key \"xyzzy\": possible are name, engine, "), "{said}");
+    }
+
+    #[test]
+    fn impossible_values_are_refused_where_they_are() {
+        for (text, line, said) in [
+            ("name = 'a'\nmemory = '1P'\n", 2, "from 1 MiB to 511 GiB are possible"),
+            ("memory = 512", 1, "expected a string"),
+            ("\n\ncpus = 65", 3, "from 1 to 64 are possible"),
+            ("cpus = -1", 1, "from 1 to 64 are possible"),
+            ("cpus = '2'", 1, "expected i64"),
+            ("engine = 'warp'", 1, "`auto`, `soft`, `kvm`"),
+            ("name = '../x'", 1, "begins with a letter"),
+            ("no-reboot = 1", 1, "expected a boolean"),
+            ("name = 'a'\nname = 'b'", 2, "duplicate key"),
+            ("name = 'a'\n=", 2, ""),
+            ("\"", 1, ""),
+        ] {
+            let reason = reason(text);
+            assert!(reason.starts_with(&format!("line {line}: ")), "{text}: {reason}");
+            assert!(reason.contains(said), "{text}: {reason}");
+            assert!(!reason.contains('\n'), "{text}: {reason}");
+        }
+    }
+
+    #[test]
+    fn files_that_are_no_text_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        assert!(matches!(read(&path), Err(VmFileError::Read { .. })));
+        std::fs::write(&path, [0xff; 100]).unwrap();
+        assert!(matches!(read(&path), Err(VmFileError::Read { .. })));
+        std::fs::write(&path, vec![b'#'; 2 << 20]).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("more than"));
+    }
+
+    /// The documentation has a line for each key, and no others.
+    #[test]
+    fn the_documentation_has_all_keys() {
+        let page = include_str!("../../../docs/vm-file.md");
+        let documented: Vec<&str> =
+            page.lines().filter_map(|l| l.strip_prefix("| `")?.split_once('`')).map(|(key, _)| key).collect();
+        assert_eq!(documented, serde_introspect::<VmOptions>());
+        let example = page.split("```toml\n").nth(1).and_then(|t| t.split("```").next()).unwrap();
+        parse(example).unwrap();
+    }
+}
