@@ -24,6 +24,8 @@ pub(crate) struct Counters {
     pub helpers: Box<[u32]>,
     /// Accesses that took the slow path.
     pub slow_accesses: u64,
+    /// Accesses that were translated again without a slot.
+    pub slots_given_up: u64,
     /// Page walks.
     pub walks: u64,
     /// Interrupts delivered.
@@ -33,7 +35,7 @@ pub(crate) struct Counters {
 impl Default for Counters {
     fn default() -> Self {
         let helpers = vec![0; iced_x86::Mnemonic::values().len()].into();
-        Self { exits: [0; 7], helpers, slow_accesses: 0, walks: 0, interrupts: 0 }
+        Self { exits: [0; 7], helpers, slow_accesses: 0, slots_given_up: 0, walks: 0, interrupts: 0 }
     }
 }
 
@@ -46,8 +48,8 @@ impl std::fmt::Display for Counters {
         )?;
         write!(
             f,
-            "slow accesses {}, page walks {}, interrupts {}; helpers:",
-            self.slow_accesses, self.walks, self.interrupts
+            "slow accesses {}, slots given up {}, page walks {}, interrupts {}; helpers:",
+            self.slow_accesses, self.slots_given_up, self.walks, self.interrupts
         )?;
         let mut list: Vec<_> =
             iced_x86::Mnemonic::values().zip(&self.helpers).filter(|(_, n)| **n > 0).collect();
@@ -145,6 +147,7 @@ impl Cpu {
             counters: Counters::default(),
             asm: Asm::default(),
         };
+        cpu.initialize_first_level();
         cpu.set_architectural(&CpuState::reset());
         cpu
     }

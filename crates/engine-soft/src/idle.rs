@@ -70,7 +70,7 @@ impl Cpu {
         let vm = std::sync::Arc::clone(&self.vm);
         let alone = vm.alone(self.id);
         tracing::debug!("the VM is idle: dropping {} bytes of translated code", vm.cache.stats().used);
-        vm.cache.evict_all(|page| vm.code_pages.unmark(page));
+        vm.drop_translations();
         drop(alone);
         // SAFETY: no arguments that could be wrong; returns free memory of the C allocator to the host.
         unsafe { libc::malloc_trim(0) };

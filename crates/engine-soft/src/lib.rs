@@ -63,11 +63,15 @@ pub(crate) struct DebugFlags {
     pub no_chain: bool,
     /// `notlb`: every memory access takes the slow path.
     pub no_tlb: bool,
+    /// `noslots`: every memory access searches the TLB.
+    pub no_slots: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
 }
 
 impl DebugFlags {
+    const KNOWN: &str = "nochain, notlb, noslots and notrim";
+
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
         let mut flags = Self::default();
@@ -75,9 +79,10 @@ impl DebugFlags {
             match word {
                 "nochain" => flags.no_chain = true,
                 "notlb" => flags.no_tlb = true,
+                "noslots" => flags.no_slots = true,
                 "notrim" => flags.no_trim = true,
                 other => {
-                    tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are nochain, notlb and notrim")
+                    tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are {}", Self::KNOWN)
                 }
             }
         }

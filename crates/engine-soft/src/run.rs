@@ -24,6 +24,10 @@ use berth_cpu::bits::{rflags, vector};
 use berth_cpu::{CpuState, MpState};
 use berth_engine::{ApicEvent, Bus, Exit};
 
+/// So many interrupts (a busy guest gets some hundred a second) after which [`crate::memory::slots::Slots`] forget half
+/// of their misses.
+const MISSES_HALVED_EVERY: u64 = 256;
+
 impl Cpu {
     /// Executes until an exit. The thread's GS base is the vCPU's from here on.
     pub(crate) fn run(&mut self, bus: &dyn Bus) -> Exit {
@@ -84,9 +88,8 @@ impl Cpu {
 
     /// Drops translations made from what was just written.
     pub(crate) fn code_written(&mut self, addr: berth_memory::GuestPhysAddr, len: u64) {
-        if self.vm.memory_written(addr, len) {
-            self.code_dropped = true;
-        }
+        // The running block may be one of those that were dropped.
+        self.code_dropped |= self.vm.memory_written(addr, len) || self.vm.data_stored(addr);
     }
 
     /// Executes an instruction for translated code; false: leave.
@@ -168,7 +171,7 @@ impl Cpu {
                     execution = None;
                     let alone = vm.alone(self.id);
                     if result.is_err() {
-                        vm.cache.evict_all(|page| vm.code_pages.unmark(page));
+                        vm.drop_translations();
                     } else {
                         self.step_alone();
                     }
@@ -185,7 +188,7 @@ impl Cpu {
         self.notice_eviction();
         self.is_alone = true;
         if self.step().is_err() {
-            self.vm.cache.evict_all(|page| self.vm.code_pages.unmark(page));
+            self.vm.drop_translations();
         }
         self.is_alone = false;
     }
@@ -262,6 +265,9 @@ impl Cpu {
         if let Some(vector) = self.apic.acknowledge() {
             self.mp_state = MpState::Runnable;
             self.counters.interrupts += 1;
+            if self.counters.interrupts % MISSES_HALVED_EVERY == 0 {
+                self.s.slots.forget_misses();
+            }
             pv::offer_eoi(self, vector);
             self.deliver_event(Event::External(vector));
             self.interrupt_check = true;
@@ -440,9 +446,9 @@ impl Cpu {
             return false;
         };
         self.s.rip = rip;
-        let (in_host, at_poll) = match site {
-            SiteKind::Poll { host_flags, .. } => (host_flags, true),
-            SiteKind::Instruction { host_flags, .. } => (host_flags, false),
+        let (in_host, at_poll, stack) = match site {
+            SiteKind::Poll { host_flags, .. } => (host_flags, true, false),
+            SiteKind::Instruction { host_flags, stack, .. } => (host_flags, false, stack),
         };
         if in_host {
             self.s.flags = SavedFlags::from_rflags(host_flags);
@@ -455,6 +461,7 @@ impl Cpu {
             (libc::SIGFPE, vector::XM) if no_xm => Fault::ud(),
             (libc::SIGFPE, vector::DE | vector::MF | vector::XM) => Fault::plain(trap),
             (libc::SIGILL, _) => Fault::ud(),
+            (libc::SIGSEGV, _) if stack => Fault::with_error(vector::SS, 0),
             (libc::SIGSEGV, _) => Fault::gp(0),
             _ => {
                 self.fail(format!("signal {signal} (trap {trap}) at guest RIP {rip:#x}"));

@@ -8,6 +8,7 @@
 use berth_cpu::bits::{cr0, rflags};
 use berth_cpu::{Segment, TableRegister};
 
+use crate::memory::slots::Slots;
 use crate::memory::tlb::Tlb;
 use crate::mode::Mode;
 
@@ -103,6 +104,8 @@ pub struct State {
     pub bounce: Bounce,
     /// Software TLBs.
     pub tlb: Tlb,
+    /// The slots of memory accesses.
+    pub slots: Slots,
     /// The jump cache, by hash of the virtual address.
     pub jump_cache: [JumpCacheEntry; JUMP_CACHE_ENTRIES],
 

@@ -15,6 +15,7 @@ use crate::code::cache::CodeCache;
 use crate::exec::features::FeatureSet;
 use crate::exec::pv::PvShared;
 use crate::memory::HostMap;
+use crate::memory::slots::Slotless;
 use crate::shared::{VcpuShared, request};
 
 /// The shared part of a VM on the soft engine.
@@ -37,6 +38,10 @@ pub struct Vm {
     /// Which pages hold translated code.
     pub code_pages: CodePages,
     pub(crate) cache: CodeCache,
+    /// Number of the slot that the next translated memory access gets, to be reduced to their number.
+    pub(crate) next_slot: AtomicU32,
+    /// Memory accesses that get none.
+    pub(crate) slotless: Slotless,
     list: RwLock<Vec<Arc<VcpuShared>>>,
     /// Held for reading by every vCPU that may be inside translated code; for writing by one that must be
     /// alone.
@@ -66,6 +71,8 @@ impl Vm {
             code_pages: CodePages::new(&memory),
             cache: CodeCache::new(options.code_cache_bytes)
                 .map_err(|source| EngineError::Host { what: "memory for the code cache", source })?,
+            next_slot: AtomicU32::new(0),
+            slotless: Slotless::new(),
             list: RwLock::new(Vec::new()),
             execution: RwLock::new(()),
             debug: crate::DebugFlags::from_env(),
@@ -112,6 +119,23 @@ impl Vm {
         }
     }
 
+    /// A store to a page that is marked as holding code was found to hit none of it. A page that is stored to again
+    /// and again has probably become data: then its translations are dropped, and it is like any other. Returns
+    /// whether that was done.
+    pub(crate) fn data_stored(&self, addr: GuestPhysAddr) -> bool {
+        let release = self.code_pages.count_data_store(addr);
+        if release {
+            self.cache.release(addr, || self.code_pages.unmark(addr));
+        }
+        release
+    }
+
+    /// Drops all translations. No vCPU may be inside translated code.
+    pub(crate) fn drop_translations(&self) {
+        self.cache.evict_all(|page| self.code_pages.unmark(page));
+        self.slotless.clear();
+    }
+
     /// Drops translations made from `len` bytes at `start`, which were just written.
     pub(crate) fn memory_written(&self, start: GuestPhysAddr, len: u64) -> bool {
         let mut dropped = false;
@@ -139,7 +163,14 @@ pub struct CodePages {
     /// Counts stores to pages with translations, by hash of the page: a translation that was begun before such
     /// a store must not be used.
     writes: Box<[AtomicU32]>,
+    /// For each hash of a page: how many stores it takes until the page counts as data (upper half), and how many
+    /// there were.
+    data_stores: Box<[AtomicU32]>,
 }
+
+/// So many stores to a page with code, which hit none of it, make it a page of data, for the first time; each time
+/// it takes twice as many.
+const FIRST_DATA_STORES: u32 = 128;
 
 impl CodePages {
     fn new(memory: &GuestMemory) -> Self {
@@ -154,7 +185,8 @@ impl CodePages {
         let zeroed = vec![0u8; pages].into_boxed_slice();
         // SAFETY: AtomicU8 has the same size, alignment and valid values as u8.
         let pages = unsafe { Box::from_raw(Box::into_raw(zeroed) as *mut [AtomicU8]) };
-        Self { pages, low_pages, writes: (0..1024).map(|_| AtomicU32::new(0)).collect() }
+        let counters = |value| (0..1024).map(|_| AtomicU32::new(value)).collect();
+        Self { pages, low_pages, writes: counters(0), data_stores: counters(FIRST_DATA_STORES << 16) }
     }
 
     fn page(&self, addr: GuestPhysAddr) -> Option<&AtomicU8> {
@@ -201,6 +233,18 @@ impl CodePages {
             // Nobody has direct entries: none were made while it was marked.
             page.store(0, Ordering::SeqCst);
         }
+    }
+
+    /// Counts a store to data in a page with code. True: enough of them.
+    fn count_data_store(&self, addr: GuestPhysAddr) -> bool {
+        let counter = &self.data_stores[addr.page() as usize % self.data_stores.len()];
+        let value = counter.fetch_add(1, Ordering::Relaxed) + 1;
+        let limit = value >> 16;
+        if value & 0xffff < limit {
+            return false;
+        }
+        counter.store((limit * 2).min(0x8000) << 16, Ordering::Relaxed);
+        true
     }
 
     /// Counts a store to the page.

@@ -116,8 +116,10 @@ pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Differe
             };
             number("cr2", native.cr2 & !ignored_bits, soft.cr2 & !ignored_bits);
             // Linux claims that every address of the kernel is present.
-            ignored =
-                u32::from(native.cr2 >> 63 != 0) | if tolerance.any_access { pf_error::WRITE } else { 0 };
+            ignored = u32::from(native.cr2 >> 63 != 0);
+            if tolerance.any_access {
+                ignored |= pf_error::WRITE | pf_error::PRESENT;
+            }
         }
         number("error", (native.error & !ignored).into(), (soft.error & !ignored).into());
     }

@@ -76,6 +76,16 @@ fn sequences_without_linked_blocks() {
 }
 
 #[test]
+fn sequences_without_slots() {
+    again_with("noslots", "sequences_of_64_bit_code");
+}
+
+#[test]
+fn forms_without_slots() {
+    again_with("noslots", "forms_of_64_bit_code");
+}
+
+#[test]
 fn sequences_without_tlb() {
     again_with("nochain,notlb", "sequences_of_64_bit_code");
 }

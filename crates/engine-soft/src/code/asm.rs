@@ -53,6 +53,7 @@ pub(crate) mod cc {
     pub(crate) const E: u8 = 4;
     pub(crate) const NE: u8 = 5;
     pub(crate) const A: u8 = 7;
+    pub(crate) const S: u8 = 8;
 }
 
 /// Marks a position in the cold section until [`Asm::finish`].

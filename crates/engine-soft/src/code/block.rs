@@ -27,6 +27,8 @@ pub(crate) enum SiteKind {
         offset: u16,
         /// The guest's flags are in the host's flags.
         host_flags: bool,
+        /// A bad address is a fault of the stack.
+        stack: bool,
     },
     /// A poll; the RIP that follows is in the block's polls at this index.
     Poll {
@@ -233,11 +235,14 @@ impl Block {
 const SITE_NUMBER: u16 = 0x3ff;
 const SITE_HOST_FLAGS: u16 = 1 << 10;
 const SITE_POLL: u16 = 1 << 11;
+const SITE_STACK: u16 = 1 << 12;
 
 fn encode_site(site: &Site) -> [u8; SITE] {
     let flag = |on: bool| if on { SITE_HOST_FLAGS } else { 0 };
     let what = match site.what {
-        SiteKind::Instruction { offset, host_flags } => offset & SITE_NUMBER | flag(host_flags),
+        SiteKind::Instruction { offset, host_flags, stack } => {
+            offset & SITE_NUMBER | flag(host_flags) | if stack { SITE_STACK } else { 0 }
+        }
         SiteKind::Poll { index, host_flags } => index & SITE_NUMBER | flag(host_flags) | SITE_POLL,
     };
     let [a, b] = (site.host as u16).to_le_bytes();
@@ -251,7 +256,7 @@ fn decode_site([a, b, c, d]: [u8; SITE]) -> Site {
     let what = if what & SITE_POLL != 0 {
         SiteKind::Poll { index: what & SITE_NUMBER, host_flags }
     } else {
-        SiteKind::Instruction { offset: what & SITE_NUMBER, host_flags }
+        SiteKind::Instruction { offset: what & SITE_NUMBER, host_flags, stack: what & SITE_STACK != 0 }
     };
     Site { host: u32::from(u16::from_le_bytes([a, b])), what }
 }
@@ -283,7 +288,7 @@ mod tests {
     #[test]
     fn tables_survive_packing() {
         let sites = vec![
-            Site { host: 0x1234, what: SiteKind::Instruction { offset: 719, host_flags: true } },
+            Site { host: 0x1234, what: SiteKind::Instruction { offset: 719, host_flags: true, stack: true } },
             Site { host: 0x1300, what: SiteKind::Poll { index: 1, host_flags: false } },
         ];
         let links = vec![Link { field: 0x44, exit: 0x1350, rip_low: 0xfff, flags: FlagsPlace::Both }];

@@ -330,8 +330,19 @@ impl CodeCache {
                 return false;
             }
         }
+        self.kill(&mut self.inner.write(), page, hit)
+    }
+
+    /// Drops all blocks of the page at `page` and calls `unmark` while nobody can add one.
+    pub(crate) fn release(&self, page: GuestPhysAddr, unmark: impl FnOnce()) {
         let mut inner = self.inner.write();
-        let inner = &mut *inner;
+        self.kill(&mut inner, page, |_| true);
+        inner.pages.remove(&(page.0 >> 12));
+        unmark();
+    }
+
+    /// Drops those blocks of the page at `page` that are `hit`. Returns whether there were any.
+    fn kill(&self, inner: &mut Inner, page: GuestPhysAddr, mut hit: impl FnMut(&Block) -> bool) -> bool {
         let Some(mut ids) = inner.pages.remove(&(page.0 >> 12)) else { return false };
         let mut any = false;
         ids.retain(|&id| {

@@ -2,14 +2,16 @@
 
 use berth_cpu::bits::{gpr as guest, vector};
 
-use super::asm::{Asm, Mem, cc, gpr_offset, gs};
+use super::asm::{Asm, Label, Mem, cc, gpr_offset, gs};
 use super::block::Helped;
 use super::reason;
 use super::regs::*;
 use crate::cpu::Cpu;
 use crate::fault::Fault;
+use crate::memory::slots::{GROUP_SHIFT, SLOTS, Slot};
 use crate::memory::slow::{Kind, Place};
-use crate::state::Seg;
+use crate::memory::tlb::{TLB_ENTRIES, TLB_TABLES, TlbEntry, TlbTable};
+use crate::state::{JUMP_CACHE_ENTRIES, JumpCacheEntry, Seg};
 
 /// Addresses of the stubs in the code cache.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,6 +22,8 @@ pub(crate) struct Stubs {
     pub exit_lookup: u64,
     /// The same with RIP in r10.
     pub exit_lookup_r10: u64,
+    /// Jump: looks for r10 in the second place of the jump cache, else as `exit_lookup_r10`.
+    pub second_lookup: u64,
     /// Call: exit with [`reason::LINK`]; the guest's flags are in the state block.
     pub link_memory: u64,
     /// The same with the guest's flags in the host's flags.
@@ -36,6 +40,10 @@ pub(crate) struct Stubs {
     /// set. Returns the host address in r10; after [`Place::Special`] for a store it skips the five bytes after
     /// the call.
     pub slow: u64,
+    /// Call, one for each [`TlbTable`]: r10 becomes a host address by the TLB's entry, which also goes to the slot;
+    /// r11 is a [`RefillArgument`]. Without such an entry r10 stays, and the five bytes after the call are skipped.
+    /// Destroys the flags.
+    pub refill: [u64; TLB_TABLES],
     /// Call: finishes a special store; r10 is the RIP of the next instruction, or [`FINISH_ONLY`].
     pub finish: u64,
 }
@@ -55,6 +63,8 @@ pub(crate) struct Descriptor {
     pub aligned: bool,
     /// The address is an offset in this segment.
     pub segment: Option<Seg>,
+    /// The slot that missed.
+    pub slot: Option<u16>,
 }
 
 impl Descriptor {
@@ -63,7 +73,8 @@ impl Descriptor {
             | (self.kind as u32) << 8
             | u32::from(self.stack) << 10
             | u32::from(self.aligned) << 11
-            | self.segment.map_or(0, |s| (s as u32 + 1) << 16)
+            | self.segment.map_or(0, |s| (s as u32 + 1) << 12)
+            | self.slot.map_or(0, |n| (u32::from(n) + 1) << 16)
     }
 
     fn unpack(bits: u32) -> Self {
@@ -72,9 +83,120 @@ impl Descriptor {
             kind: [Kind::Read, Kind::Write, Kind::Modify][(bits >> 8 & 3).min(2) as usize],
             stack: bits >> 10 & 1 != 0,
             aligned: bits >> 11 & 1 != 0,
-            segment: (bits >> 16).checked_sub(1).and_then(|n| Seg::ALL.get(n as usize)).copied(),
+            segment: (bits >> 12 & 0xf).checked_sub(1).and_then(|n| Seg::ALL.get(n as usize)).copied(),
+            slot: (bits >> 16).checked_sub(1).map(|n| n as u16),
         }
     }
+}
+
+/// Argument of the refill stubs: the byte offset of a slot in its table, and the size of the access.
+pub(crate) struct RefillArgument;
+
+impl RefillArgument {
+    const SIZE_SHIFT: u8 = 24;
+
+    pub(crate) fn pack(slot: usize, size: usize) -> u32 {
+        (slot * size_of::<Slot>()) as u32 | (size as u32) << Self::SIZE_SHIFT
+    }
+}
+
+/// Offset from GS:0 of a first-level TLB table.
+pub(crate) fn tlb_table_offset(table: TlbTable) -> i32 {
+    gs!(tlb) + (table.index() * TLB_ENTRIES * size_of::<TlbEntry>()) as i32
+}
+
+/// Offset from GS:0 of a slot.
+pub(crate) fn slot_offset(table: TlbTable, number: usize) -> i32 {
+    gs!(slots.entries) + ((table.index() * SLOTS + number) * size_of::<Slot>()) as i32
+}
+
+/// Offsets in an entry of the jump cache.
+pub(crate) const VA: usize = std::mem::offset_of!(JumpCacheEntry, va);
+pub(crate) const KEY: usize = std::mem::offset_of!(JumpCacheEntry, key);
+pub(crate) const ENTRY: usize = std::mem::offset_of!(JumpCacheEntry, entry);
+
+/// Offset from GS:0 of a field (at `field`) of the jump cache's first entry.
+pub(crate) fn jump_cache_offset(field: usize) -> i32 {
+    gs!(jump_cache) + field as i32
+}
+
+/// Jumps to r10 by the second of the two entries that may have it; leaves to the run loop if it has not.
+fn emit_second_lookup(a: &mut Asm, absent_r10: Label) {
+    let other_key = a.label();
+    a.mov(R11, R10);
+    a.shr(true, R11, 12);
+    a.reg(false, &[0x33], R11, R10); // xor
+    a.alu_imm(false, 6, R11, 1);
+    a.alu_imm(false, 4, R11, (JUMP_CACHE_ENTRIES - 1) as i32);
+    a.shl(false, R11, size_of::<JumpCacheEntry>().trailing_zeros() as u8);
+    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.jcc(cc::NE, absent_r10);
+    a.load(R10, Mem::Gs(gs!(jump_key)));
+    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(KEY)));
+    a.jcc(cc::NE, other_key);
+    // The poll, as at every indirect jump.
+    a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
+    a.bytes(&[0]);
+    a.jcc(cc::E, other_key);
+    a.mem(&[], false, &[0xff], 4, Mem::GsBase(R11, jump_cache_offset(ENTRY)));
+    a.bind(other_key);
+    a.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.jmp(absent_r10);
+}
+
+/// The refill stub of `table`.
+fn emit_refill(a: &mut Asm, table: TlbTable) {
+    let entry = tlb_table_offset(table);
+    let (tag, host) = (
+        entry + std::mem::offset_of!(TlbEntry, tag) as i32,
+        entry + std::mem::offset_of!(TlbEntry, host) as i32,
+    );
+    let slot = slot_offset(table, 0);
+    let misses = gs!(slots.misses) + (table.index() * SLOTS * size_of::<u16>()) as i32;
+    let used = gs!(slots.used) + (table.index() * (SLOTS * size_of::<Slot>() >> GROUP_SHIFT)) as i32;
+    let absent = a.label();
+    for reg in [RAX, RCX, RDX] {
+        push(a, reg);
+    }
+    // rax: offset of the slot; r11: size; rcx: offset of the TLB's entry.
+    a.mov32(RAX, R11);
+    a.alu_imm(false, 4, RAX, (1 << RefillArgument::SIZE_SHIFT) - 1);
+    a.shr(false, R11, RefillArgument::SIZE_SHIFT);
+    a.mov32(RCX, R10);
+    a.shr(false, RCX, 8);
+    a.alu_imm(false, 4, RCX, ((TLB_ENTRIES - 1) << 4) as i32);
+    // Many misses: Rust code decides what to do about it.
+    a.mov32(RDX, RAX);
+    a.shr(false, RDX, 3);
+    a.mem(&[0x66], false, &[0xff], 0, Mem::GsBase(RDX, misses)); // inc word
+    a.jcc(cc::S, absent);
+    a.mov(RDX, R10);
+    a.mem(&[], true, &[0x2b], RDX, Mem::GsBase(RCX, tag));
+    a.alu_imm(true, 7, RDX, 4095);
+    a.jcc(cc::A, absent);
+    a.lea(true, R11, Mem::Any { base: Some(R11), index: Some((RDX, 1)), disp: 0 });
+    a.alu_imm(true, 7, R11, 4096);
+    a.jcc(cc::A, absent);
+    a.load(R11, Mem::GsBase(RCX, tag));
+    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, tag) as i32), R11);
+    a.load(RCX, Mem::GsBase(RCX, host));
+    a.lea(true, R10, Mem::Any { base: Some(RCX), index: Some((RDX, 1)), disp: 0 });
+    a.reg(true, &[0x2b], RCX, R11);
+    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, delta) as i32), RCX);
+    a.shr(false, RAX, GROUP_SHIFT);
+    a.mem(&[], false, &[0xc6], 0, Mem::GsBase(RAX, used)); // mov byte, 1
+    a.bytes(&[1]);
+    for reg in [RDX, RCX, RAX] {
+        pop(a, reg);
+    }
+    a.bytes(&[0xc3]);
+    a.bind(absent);
+    for reg in [RDX, RCX, RAX] {
+        pop(a, reg);
+    }
+    a.mem(&[], true, &[0x83], 0, Mem::base(RSP, 0)); // add qword [rsp], imm8
+    a.bytes(&[5]);
+    a.bytes(&[0xc3]);
 }
 
 /// Guest registers that live in host registers, with those.
@@ -180,6 +302,11 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
         a.store_imm(gs!(exit_reason), why, R11);
         a.jmp(save_all);
     };
+    let lookup_r10 = a.label();
+    a.align(8, 0);
+    stubs.second_lookup = at(a);
+    emit_second_lookup(a, lookup_r10);
+    a.bind(lookup_r10);
     stubs.exit_lookup_r10 = at(a);
     a.store(Mem::Gs(gs!(rip)), R10);
     stubs.exit_lookup = at(a);
@@ -236,6 +363,12 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     load_vectors(a, avx);
     load_registers(a);
     a.bytes(&[0xc3]);
+
+    for table in TlbTable::ALL {
+        a.align(8, 0);
+        stubs.refill[table.index()] = at(a);
+        emit_refill(a, table);
+    }
 
     a.align(8, 0);
     stubs.slow = at(a);
@@ -311,6 +444,10 @@ extern "C" fn slow_helper(cpu: *mut Cpu, address: u64, descriptor: u32) -> SlowR
     let cpu = unsafe { &mut *cpu };
     guarded(cpu, SlowResult { host: 0, how: 2 }, |cpu| {
         let d = Descriptor::unpack(descriptor);
+        if let Some(number) = d.slot {
+            let table = TlbTable::new(cpu.s.mode.tlb_class(), d.kind != Kind::Read);
+            cpu.give_slot_up(table, usize::from(number) % SLOTS);
+        }
         let place = match d.segment {
             Some(segment) => cpu.slow_segmented(segment, address, usize::from(d.size), d.kind, !d.aligned),
             None => cpu.slow_access(address, usize::from(d.size), d.kind, d.stack, !d.aligned),
@@ -349,6 +486,7 @@ mod tests {
                     stack: segment.is_none(),
                     aligned: kind == Kind::Write,
                     segment,
+                    slot: segment.is_some().then_some(SLOTS as u16 - 1),
                 };
                 assert_eq!(Descriptor::unpack(d.pack()), d);
             }

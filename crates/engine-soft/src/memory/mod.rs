@@ -7,7 +7,8 @@
 //!                                     └──── tlb.rs: what translated code looks up ───────┘
 //! ```
 //!
-//! - `tlb.rs`: the first level, searched by translated code, and its second level, tagged by address space.
+//! - `slots.rs`: what each access in translated code met last; it looks there first.
+//! - `tlb.rs`: the first level, searched when a slot misses, and its second level, tagged by address space.
 //! - `walk.rs`: the guest's page tables (SDM volume 3, chapter 4).
 //! - `access.rs`: loads and stores for helpers.
 //! - `slow.rs`: what a miss in translated code calls, including MMIO, page crossings and code pages.
@@ -15,6 +16,7 @@
 mod access;
 mod physical;
 mod segment;
+pub mod slots;
 pub mod slow;
 pub mod tlb;
 mod walk;

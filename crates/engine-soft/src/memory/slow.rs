@@ -8,6 +8,7 @@ use berth_cpu::bits::vector;
 use berth_memory::GuestPhysAddr;
 
 use super::access::Pieces;
+use super::tlb::TlbTable;
 use super::{Access, Rights};
 use crate::cpu::Cpu;
 use crate::fault::{Fault, Guest};
@@ -125,7 +126,7 @@ impl Cpu {
             if write {
                 self.vm.code_pages.note_writer(addr, self.id);
             }
-            self.install(lin, mode.tlb_class(), write, host & !0xfff, t.global);
+            self.install(lin, TlbTable::new(mode.tlb_class(), write), host & !0xfff, t.global);
             // A translation of this page by another vCPU may have begun between the test above and now: it
             // sets the page's bit first and then asks us to drop the entry, so testing again is enough.
             if write && self.vm.code_pages.has_code(addr) {

@@ -17,7 +17,8 @@ use crate::mode::TlbClass;
 
 /// Entries of one first-level table.
 pub const TLB_ENTRIES: usize = 1024;
-const CLASSES: usize = 3;
+/// First-level tables: three privilege classes, each for loads and for stores.
+pub const TLB_TABLES: usize = 6;
 const SECOND_LEVEL_ENTRIES: usize = 4096;
 
 /// One first-level entry.
@@ -30,14 +31,33 @@ pub struct TlbEntry {
     pub host: u64,
 }
 
-/// All first-level tables, indexed by [`TlbClass`].
-#[repr(C)]
-pub struct Tlb {
-    /// For loads.
-    pub read: [[TlbEntry; TLB_ENTRIES]; CLASSES],
-    /// For stores and read-modify-write.
-    pub write: [[TlbEntry; TLB_ENTRIES]; CLASSES],
+/// Number of a first-level table: of a privilege class, for loads or for stores (and read-modify-write).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TlbTable(u8);
+
+impl TlbTable {
+    /// All of them.
+    pub const ALL: [Self; TLB_TABLES] = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5)];
+
+    /// The table of `class` for loads, or for stores.
+    pub const fn new(class: TlbClass, write: bool) -> Self {
+        Self(class as u8 * 2 + write as u8)
+    }
+
+    /// Less than [`TLB_TABLES`].
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Whether it is for stores.
+    pub const fn is_write(self) -> bool {
+        self.0 & 1 != 0
+    }
 }
+
+/// All first-level tables, indexed by [`TlbTable`].
+#[repr(C)]
+pub struct Tlb(pub [[TlbEntry; TLB_ENTRIES]; TLB_TABLES]);
 
 /// Index of the page with number `page` in a first-level table.
 pub const fn index(page: u64) -> usize {
@@ -105,8 +125,8 @@ pub(crate) struct CpuMemory {
     user_code_generation: u64,
     /// Code of CPL 0 to 2 was entered through pages that are not global.
     kernel_code_not_global: bool,
-    /// First-level entries that are not of global pages: write, class, index.
-    not_global: Vec<(bool, u8, u16)>,
+    /// First-level entries that are not of global pages: table and index.
+    not_global: Vec<(TlbTable, u16)>,
     /// Hashes of pages that jump-cache entries were made for.
     code_pages: Filter,
     /// Hashes of 2 MiB regions that were entered from larger pages than 4 KiB.
@@ -117,24 +137,28 @@ pub(crate) struct CpuMemory {
     pub(super) post: super::slow::Post,
 }
 
-/// A set that may claim to have what it has not.
-struct Filter([u64; 64]);
+/// A set that may claim to have what it has not: two bits for each member.
+struct Filter(Box<[u64]>);
 
 impl Filter {
-    fn slot(value: u64) -> (usize, u64) {
-        let hash = value.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
-        ((hash >> 6) as usize, 1 << (hash & 63))
+    /// A filter of 2^`bits` bits.
+    fn new(bits: u32) -> Self {
+        Self(vec![0; 1 << (bits - 6)].into())
+    }
+    fn places(&self, value: u64) -> [(usize, u64); 2] {
+        let hash = value.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        [hash >> 40, hash >> 16].map(|h| ((h >> 6) as usize & (self.0.len() - 1), 1 << (h & 63)))
     }
     fn add(&mut self, value: u64) {
-        let (word, bit) = Self::slot(value);
-        self.0[word] |= bit;
+        for (word, bit) in self.places(value) {
+            self.0[word] |= bit;
+        }
     }
     fn may_have(&self, value: u64) -> bool {
-        let (word, bit) = Self::slot(value);
-        self.0[word] & bit != 0
+        self.places(value).into_iter().all(|(word, bit)| self.0[word] & bit != 0)
     }
     fn clear(&mut self) {
-        self.0 = [0; 64];
+        self.0.fill(0);
     }
 }
 
@@ -150,9 +174,9 @@ impl CpuMemory {
             user_code_generation: 3,
             kernel_code_not_global: false,
             not_global: Vec::new(),
-            code_pages: Filter([0; 64]),
-            large_pages: Filter([0; 64]),
-            huge_pages: Filter([0; 64]),
+            code_pages: Filter::new(16),
+            large_pages: Filter::new(13),
+            huge_pages: Filter::new(10),
             post: super::slow::Post::None,
         }
     }
@@ -210,66 +234,78 @@ impl Cpu {
         self.mem.second[page as usize % SECOND_LEVEL_ENTRIES] = SecondLevel { page, generation, translation };
     }
 
-    /// Installs a page for translated code of the given class.
-    pub(super) fn install(&mut self, lin: u64, class: TlbClass, write: bool, host_page: u64, global: bool) {
+    /// Installs a page for translated code.
+    pub(super) fn install(&mut self, lin: u64, table: TlbTable, host_page: u64, global: bool) {
         let i = index(lin >> PAGE_SHIFT);
         if !global {
             if self.mem.not_global.len() >= 2048 {
                 self.clear_first_level();
             }
-            self.mem.not_global.push((write, class as u8, i as u16));
+            self.mem.not_global.push((table, i as u16));
         }
-        let tables = if write { &mut self.s.tlb.write } else { &mut self.s.tlb.read };
-        tables[class as usize][i] = TlbEntry { tag: lin & !0xfff, host: host_page };
+        self.s.tlb.0[table.index()][i] = TlbEntry { tag: lin & !0xfff, host: host_page };
     }
 
     /// Empties the first level.
     pub(crate) fn clear_first_level(&mut self) {
         self.mem.not_global.clear();
-        let tlb = &mut self.s.tlb;
-        for table in tlb.read.iter_mut().chain(tlb.write.iter_mut()) {
-            for (i, entry) in table.iter_mut().enumerate() {
+        for table in TlbTable::ALL {
+            for (i, entry) in self.s.tlb.0[table.index()].iter_mut().enumerate() {
                 *entry = empty(i);
             }
+            self.s.slots.clear(table);
         }
+    }
+
+    /// Empties the slots as well, which are not valid before.
+    pub(crate) fn initialize_first_level(&mut self) {
+        self.s.slots.initialize();
+        self.clear_first_level();
     }
 
     fn clear_not_global(&mut self) {
         let mut list = std::mem::take(&mut self.mem.not_global);
-        for (write, class, i) in list.drain(..) {
-            let tables = if write { &mut self.s.tlb.write } else { &mut self.s.tlb.read };
-            tables[usize::from(class)][usize::from(i)] = empty(usize::from(i));
+        let mut tables = [false; TLB_TABLES];
+        for (table, i) in list.drain(..) {
+            tables[table.index()] = true;
+            self.s.tlb.0[table.index()][usize::from(i)] = empty(usize::from(i));
         }
         self.mem.not_global = list;
+        // Slots do not know which of them are of global pages.
+        for table in TlbTable::ALL.into_iter().filter(|table| tables[table.index()]) {
+            self.s.slots.clear(table);
+        }
     }
 
     /// Removes every first-level entry for stores to the host page at `host_page`.
     pub(crate) fn drop_write_entries(&mut self, host_page: u64) {
-        for table in &mut self.s.tlb.write {
-            for (i, entry) in table.iter_mut().enumerate() {
+        for table in TlbTable::ALL.into_iter().filter(|table| table.is_write()) {
+            for (i, entry) in self.s.tlb.0[table.index()].iter_mut().enumerate() {
                 if entry.host == host_page {
                     *entry = empty(i);
                 }
             }
+            self.s.slots.clear_if(table, |slot| slot.tag.wrapping_add(slot.delta) == host_page);
         }
     }
 
     /// Removes first-level entries of the region of 2^`shift` bytes that holds `lin`.
     fn drop_region(&mut self, lin: u64, shift: u32) {
-        let tlb = &mut self.s.tlb;
-        for table in tlb.read.iter_mut().chain(tlb.write.iter_mut()) {
+        for table in TlbTable::ALL {
+            let entries = &mut self.s.tlb.0[table.index()];
             if shift == PAGE_SHIFT {
                 let i = index(lin >> PAGE_SHIFT);
-                if table[i].tag >> PAGE_SHIFT == lin >> PAGE_SHIFT {
-                    table[i] = empty(i);
+                if entries[i].tag >> PAGE_SHIFT == lin >> PAGE_SHIFT {
+                    entries[i] = empty(i);
                 }
-                continue;
-            }
-            for (i, entry) in table.iter_mut().enumerate() {
-                if entry.tag >> shift == lin >> shift {
-                    *entry = empty(i);
+            } else {
+                for (i, entry) in entries.iter_mut().enumerate() {
+                    if entry.tag >> shift == lin >> shift {
+                        *entry = empty(i);
+                    }
                 }
             }
+            self.s.slots.clear_if(table, |slot| slot.tag >> shift == lin >> shift);
         }
         let drop = |e: &mut SecondLevel| {
             if e.page >> (shift - PAGE_SHIFT) == lin >> shift {

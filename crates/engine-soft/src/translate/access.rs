@@ -1,13 +1,17 @@
 //! Memory operands: address arithmetic, the TLB check, and the way to the slow path.
 
+use std::sync::atomic::Ordering;
+
+use berth_memory::GuestPhysAddr;
 use iced_x86::{FlowControl, Instruction, Register};
 
 use super::emit::Emitter;
-use crate::code::asm::{Mem, cc, gpr_offset, gs, state_offset};
+use crate::code::asm::{Label, Mem, cc, gpr_offset, gs, state_offset};
 use crate::code::regs::{Home, HostReg, R10, R11, home};
-use crate::code::stubs::{Descriptor, FINISH_ONLY};
+use crate::code::stubs::{Descriptor, FINISH_ONLY, RefillArgument, slot_offset, tlb_table_offset};
+use crate::memory::slots::{SLOTS, Slot};
 use crate::memory::slow::Kind;
-use crate::memory::tlb::{TLB_ENTRIES, Tlb, TlbEntry};
+use crate::memory::tlb::{TLB_ENTRIES, TlbEntry, TlbTable};
 use crate::mode::Mode;
 use crate::state::{Seg, State};
 
@@ -113,6 +117,7 @@ impl Emitter<'_> {
             stack: access.seg == Seg::Ss,
             aligned: access.aligned,
             segment: segmented.then_some(access.seg),
+            slot: None,
         };
         let was_cold = self.asm.is_cold();
         let (hit, after) = (self.asm.label(), self.asm.label());
@@ -130,33 +135,28 @@ impl Emitter<'_> {
             self.asm.bind(after);
             return;
         }
-        let tables = if access.kind == Kind::Read {
-            std::mem::offset_of!(State, tlb) + std::mem::offset_of!(Tlb, read)
-        } else {
-            std::mem::offset_of!(State, tlb) + std::mem::offset_of!(Tlb, write)
-        };
-        let table = tables + mode.tlb_class() as usize * TLB_ENTRIES * size_of::<TlbEntry>();
-        let tag = state_offset(table + std::mem::offset_of!(TlbEntry, tag));
-        let host = state_offset(table + std::mem::offset_of!(TlbEntry, host));
+        let table = TlbTable::new(mode.tlb_class(), access.kind != Kind::Read);
         self.flags.host_lost();
-        let a = &mut *self.asm;
-        // r11 = index of the page * 16; r10 = address - tag.
-        a.mov32(R11, R10);
-        a.shr(false, R11, 8);
-        a.alu_imm(false, 4, R11, ((TLB_ENTRIES - 1) << 4) as i32);
-        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
-        a.alu_imm(true, 7, R10, 4096 - access.size as i32 + 1);
-        let miss = a.label();
-        a.jcc(cc::AE, miss);
-        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, host));
-        a.bind(hit);
+        let miss = self.asm.label();
+        let slot = self.slot(insn);
+        match slot {
+            Some(number) => self.check_slot(table, number, access.size, miss),
+            None => self.check_tlb(table, access.size, miss),
+        }
+        self.asm.bind(hit);
         body(self);
         self.asm.bind(after);
 
         let flags_after = self.flags;
         self.asm.set_cold(true);
         self.asm.bind(miss);
-        self.asm.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, tag));
+        let mut descriptor = descriptor;
+        if let Some(number) = slot {
+            self.asm.mov_imm(R11, u64::from(RefillArgument::pack(number, access.size)));
+            self.asm.call_abs(self.stubs.refill[table.index()]);
+            self.asm.jmp(hit); // five bytes, skipped if the TLB does not have the page
+            descriptor.slot = Some(number as u16);
+        }
         self.slow_call(insn, descriptor);
         self.asm.jmp(hit); // five bytes, skipped for special stores
         if access.kind != Kind::Read {
@@ -166,6 +166,49 @@ impl Emitter<'_> {
         }
         self.asm.set_cold(was_cold);
         self.flags = flags_after;
+    }
+
+    /// The number of a slot for the access of `insn`, unless it is better off without.
+    fn slot(&self, insn: &Instruction) -> Option<usize> {
+        let instruction = GuestPhysAddr(self.key.gpa.wrapping_add(insn.ip().wrapping_sub(self.key.rip)));
+        if self.vm.debug.no_slots || self.vm.slotless.has(instruction) {
+            return None;
+        }
+        Some(self.vm.next_slot.fetch_add(1, Ordering::Relaxed) as usize % SLOTS)
+    }
+
+    /// r10 becomes the host address if the slot has the page; to `miss` with r10 as it is if not. Clobbers r11.
+    fn check_slot(&mut self, table: TlbTable, number: usize, size: usize, miss: Label) {
+        let slot = slot_offset(table, number);
+        let a = &mut *self.asm;
+        a.mov(R11, R10);
+        a.mem(&[], true, &[0x2b], R11, Mem::Gs(slot + std::mem::offset_of!(Slot, tag) as i32));
+        a.alu_imm(true, 7, R11, 4096 - size as i32 + 1);
+        a.jcc(cc::AE, miss);
+        a.mem(&[], true, &[0x03], R10, Mem::Gs(slot + std::mem::offset_of!(Slot, delta) as i32));
+    }
+
+    /// The same by a search of the TLB.
+    fn check_tlb(&mut self, table: TlbTable, size: usize, miss: Label) {
+        let table = tlb_table_offset(table);
+        let tag = table + std::mem::offset_of!(TlbEntry, tag) as i32;
+        let host = table + std::mem::offset_of!(TlbEntry, host) as i32;
+        let restore = self.asm.label();
+        let a = &mut *self.asm;
+        // r11 = index of the page * 16; r10 = address - tag.
+        a.mov32(R11, R10);
+        a.shr(false, R11, 8);
+        a.alu_imm(false, 4, R11, ((TLB_ENTRIES - 1) << 4) as i32);
+        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
+        a.alu_imm(true, 7, R10, 4096 - size as i32 + 1);
+        a.jcc(cc::AE, restore);
+        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, host));
+        let was_cold = a.is_cold();
+        a.set_cold(true);
+        a.bind(restore);
+        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, tag));
+        a.jmp(miss);
+        a.set_cold(was_cold);
     }
 
     fn slow_call(&mut self, insn: &Instruction, descriptor: Descriptor) {
@@ -190,7 +233,7 @@ impl Emitter<'_> {
 }
 
 /// Offset from GS:0 of the base of a segment register.
-fn segment_base_offset(seg: Seg) -> i32 {
+pub(super) fn segment_base_offset(seg: Seg) -> i32 {
     let segments = std::mem::offset_of!(State, segments);
     let base = std::mem::offset_of!(berth_cpu::Segment, base);
     state_offset(segments + seg as usize * size_of::<berth_cpu::Segment>() + base)

@@ -45,6 +45,12 @@ pub(crate) enum Class {
     ReadSegment,
     /// STI at CPL 0, followed by exactly one more instruction.
     Sti,
+    /// SWAPGS at CPL 0.
+    SwapGs,
+    /// RDTSC or RDTSCP where it is allowed.
+    ReadTsc,
+    /// STAC (true) or CLAC at CPL 0, where it may change what the kernel may access; the block ends.
+    SetAc(bool),
     /// MOVS or STOS in 64-bit mode.
     String,
     /// The CPU model or the mode does not have it.
@@ -68,6 +74,7 @@ impl Class {
                 | Class::JumpIndirect
                 | Class::Return
                 | Class::HelperEnd
+                | Class::SetAc(_)
                 | Class::Unavailable(_)
         )
     }
@@ -94,6 +101,7 @@ pub(crate) fn first_wish(insn: &Instruction, class: Class) -> FirstWish {
         | Class::Cli
         | Class::Direction(_)
         | Class::ReadSegment
+        | Class::SwapGs
         | Class::Sti => FirstWish::None,
         Class::JumpIf => FirstWish::Host,
         Class::Copy if has_memory(insn) => FirstWish::Memory,
@@ -178,6 +186,16 @@ pub(crate) fn classify(insn: &Instruction, mode: Mode) -> Class {
         M::Mov if moves_system_register(insn) => Class::HelperEnd,
         M::Cli if mode.cpl() == 0 => Class::Cli,
         M::Sti if mode.cpl() == 0 && super::fetch::chained(mode) => Class::Sti,
+        M::Swapgs if bits64 && mode.cpl() == 0 => Class::SwapGs,
+        M::Rdtsc | M::Rdtscp if !mode.has(Mode::NO_TSC) => Class::ReadTsc,
+        M::Stac if mode.cpl() == 0 && super::fetch::chained(mode) && !mode.has(Mode::USER_OK) => {
+            Class::SetAc(true)
+        }
+        M::Clac if mode.cpl() == 0 && super::fetch::chained(mode) && mode.has(Mode::USER_OK) => {
+            Class::SetAc(false)
+        }
+        // User pages are forbidden only while AC is clear.
+        M::Clac if mode.cpl() == 0 && !mode.has(Mode::USER_OK) => Class::Nop,
         M::Pushfq if bits64 => Class::PushFlags,
         M::Movsb | M::Movsw | M::Movsd | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq
             if bits64 && super::string::is_inline(insn, mode) =>

@@ -9,20 +9,13 @@ use iced_x86::{Code, Instruction, OpKind};
 
 use super::access::{Access, seg_of};
 use super::emit::Emitter;
-use super::fetch::jump_cache_index;
-use crate::code::asm::{Mem, cc, gs, state_offset};
+use super::fetch::{MAX_INSTRUCTION_LEN, jump_cache_index};
+use crate::code::asm::{Mem, cc, gs};
 use crate::code::block::Link;
 use crate::code::regs::{R10, R11, RCX};
+use crate::code::stubs::{ENTRY, KEY, VA, jump_cache_offset};
 use crate::memory::slow::Kind;
-use crate::state::{JUMP_CACHE_ENTRIES, JumpCacheEntry, State};
-
-const VA: usize = std::mem::offset_of!(JumpCacheEntry, va);
-const KEY: usize = std::mem::offset_of!(JumpCacheEntry, key);
-const ENTRY: usize = std::mem::offset_of!(JumpCacheEntry, entry);
-
-fn jump_cache_offset(field: usize) -> i32 {
-    state_offset(std::mem::offset_of!(State, jump_cache) + field)
-}
+use crate::state::{JUMP_CACHE_ENTRIES, JumpCacheEntry};
 
 impl Emitter<'_> {
     /// Leaves the block for guest address `rip`. `from`: the jump's own address, to recognise loops.
@@ -34,13 +27,19 @@ impl Emitter<'_> {
             self.flags.to_memory(self.asm);
             self.asm.store_imm(gs!(rip), rip, R11);
             self.asm.jmp_abs(self.stubs.exit_lookup);
-        } else if rip >> 12 == self.key.rip >> 12 {
+        } else if self.is_linkable(rip) {
             self.asm.align(4, 1);
             self.asm.bytes(&[0xe9]);
             self.link(rip);
         } else {
             self.jump_known(rip);
         }
+    }
+
+    /// Whether a jump to `rip` needs no check when it was made once: the target is in this page as a whole.
+    fn is_linkable(&self, rip: u64) -> bool {
+        let may_cross = rip & 0xfff > 0x1000 - MAX_INSTRUCTION_LEN as u64;
+        rip >> 12 == self.key.rip >> 12 && !may_cross
     }
 
     /// The rel32 field of a linkable jump, whose opcode was just emitted, and its stub.
@@ -58,7 +57,7 @@ impl Emitter<'_> {
     }
 
     /// A jump to another page: through the jump cache at a known index.
-    fn jump_known(&mut self, rip: u64) {
+    pub(super) fn jump_known(&mut self, rip: u64) {
         self.flags.to_memory(self.asm);
         self.flags.host_lost();
         let at = jump_cache_index(rip) * size_of::<JumpCacheEntry>();
@@ -78,7 +77,7 @@ impl Emitter<'_> {
         let was_cold = self.asm.is_cold();
         self.asm.set_cold(true);
         self.asm.bind(label);
-        self.asm.jmp_abs(self.stubs.exit_lookup_r10);
+        self.asm.jmp_abs(self.stubs.second_lookup);
         self.asm.set_cold(was_cold);
     }
 
@@ -91,7 +90,7 @@ impl Emitter<'_> {
             self.asm.jmp_abs(self.stubs.exit_lookup_r10);
             return;
         }
-        let (miss, restore) = (self.asm.label(), self.asm.label());
+        let (miss, restore, leave) = (self.asm.label(), self.asm.label(), self.asm.label());
         let a = &mut *self.asm;
         a.mov(R11, R10);
         a.shr(true, R11, 12);
@@ -106,13 +105,17 @@ impl Emitter<'_> {
         // The poll, as a test, because RIP is not known when this is assembled.
         a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
         a.bytes(&[0]);
-        a.jcc(cc::E, restore);
+        a.jcc(cc::E, leave);
         a.mem(&[], false, &[0xff], 4, Mem::GsBase(R11, jump_cache_offset(ENTRY)));
         let was_cold = self.asm.is_cold();
         self.asm.set_cold(true);
         self.asm.bind(restore);
         self.asm.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
         self.asm.bind(miss);
+        self.asm.store_imm(gs!(branch), from.ip(), R11);
+        self.asm.jmp_abs(self.stubs.second_lookup);
+        self.asm.bind(leave);
+        self.asm.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
         self.asm.store_imm(gs!(branch), from.ip(), R11);
         self.asm.jmp_abs(self.stubs.exit_lookup_r10);
         self.asm.set_cold(was_cold);
@@ -130,7 +133,7 @@ impl Emitter<'_> {
         // iced numbers the conditions in the order of their encoding, from 1.
         let taken = self.asm.label();
         let target = insn.near_branch_target();
-        let same_page = target >> 12 == self.key.rip >> 12;
+        let same_page = self.is_linkable(target);
         let forward = target > insn.ip();
         let flags = self.flags;
         if self.chained && same_page && forward {
@@ -219,7 +222,10 @@ impl Emitter<'_> {
         let seg = seg_of(insn.memory_segment());
         self.add_segment_base(seg);
         let access = Access { kind: Kind::Read, size: 8, seg, aligned: false };
-        self.access(insn, access, false, |e| e.asm.load(R10, Mem::base(R10, 0)));
+        self.access(insn, access, false, |e| {
+            e.site(insn, false);
+            e.asm.load(R10, Mem::base(R10, 0));
+        });
     }
 
     /// JMP r/m64.

@@ -64,7 +64,11 @@ impl Emitter<'_> {
         let seg = seg_of(insn.memory_segment());
         self.add_segment_base(seg);
         let plan = self.plan(insn, &[R11], effect, effect.needs_host());
-        let size = insn.memory_size().size().max(1);
+        let size = match insn.code() {
+            // AMD's CPUs read 32 bits and use 16 of them (seen on Zen).
+            Code::Movsxd_r16_rm16 if self.vm.is_amd => 4,
+            _ => insn.memory_size().size().max(1),
+        };
         let access = Access { kind: self.kind(insn), size, seg, aligned: needs_alignment(insn) };
         let in_host = effect != Effect::None;
         self.access(insn, access, in_host, |e| e.native(insn, &plan));
@@ -373,7 +377,7 @@ fn waits_for_x87(insn: &Instruction) -> bool {
 }
 
 /// Whether a misaligned memory operand raises #GP (SDM volume 1, 14.9; volume 2, table 2-15).
-fn needs_alignment(insn: &Instruction) -> bool {
+pub(super) fn needs_alignment(insn: &Instruction) -> bool {
     use Mnemonic::*;
     let size = insn.memory_size().size();
     match insn.encoding() {

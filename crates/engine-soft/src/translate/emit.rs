@@ -1,9 +1,10 @@
 //! Assembles one block.
 
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic};
 
-use super::class::{Class, FirstWish, first_wish};
-use super::copy::may_raise;
+use super::access::seg_of;
+use super::class::{Class, FirstWish, first_wish, has_memory};
+use super::copy::{may_raise, needs_alignment};
 use super::fetch::chained;
 use super::flags::Flags;
 use crate::code::asm::{Asm, gs};
@@ -12,6 +13,7 @@ use crate::code::cache::Key;
 use crate::code::regs::{R10, R11};
 use crate::code::stubs::Stubs;
 use crate::fault::Fault;
+use crate::state::Seg;
 use crate::vm::Vm;
 
 /// State of assembling one block.
@@ -137,6 +139,9 @@ impl<'a> Emitter<'a> {
             Class::PushFlags => self.push_flags(insn),
             Class::ReadSegment => self.read_segment(insn),
             Class::Sti => self.asm.store_byte(gs!(interrupt_flag), 1),
+            Class::SwapGs => self.swap_gs(),
+            Class::ReadTsc => self.read_tsc(insn),
+            Class::SetAc(on) => self.set_ac(insn, on),
             Class::String => self.string(insn),
             Class::Helper => self.helper(insn, None),
             Class::HelperEnd => {
@@ -163,9 +168,21 @@ impl<'a> Emitter<'a> {
 
     /// Notes that the host instruction assembled next is `insn` and may raise a signal.
     pub(super) fn site(&mut self, insn: &Instruction, host_flags: bool) {
+        // These have reasons of their own for #GP.
+        let own = needs_alignment(insn) || matches!(insn.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr);
+        let stack = has_memory(insn) && seg_of(insn.memory_segment()) == Seg::Ss && !own;
+        self.site_of(insn, host_flags, stack);
+    }
+
+    /// Notes that the host instruction assembled next accesses the stack for `insn`.
+    pub(super) fn stack_site(&mut self, insn: &Instruction) {
+        self.site_of(insn, false, true);
+    }
+
+    fn site_of(&mut self, insn: &Instruction, host_flags: bool, stack: bool) {
         let offset = insn.ip().wrapping_sub(self.key.rip) as u16;
         let host = self.asm.pos();
-        self.sites.push(Site { host, what: SiteKind::Instruction { offset, host_flags } });
+        self.sites.push(Site { host, what: SiteKind::Instruction { offset, host_flags, stack } });
     }
 
     /// Leaves translated code here if the vCPU was asked to; then `rip` is the next instruction.

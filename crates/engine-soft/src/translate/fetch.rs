@@ -17,7 +17,7 @@ use crate::state::{JUMP_CACHE_ENTRIES, JumpCacheEntry, Seg};
 /// Most instructions in a block.
 const MAX_INSTRUCTIONS: usize = 48;
 /// Longest x86 instruction in bytes.
-const MAX_INSTRUCTION_LEN: usize = 15;
+pub(super) const MAX_INSTRUCTION_LEN: usize = 15;
 
 /// Why there is no block.
 #[derive(Debug)]
@@ -63,9 +63,18 @@ impl Cpu {
         };
         if chained(mode) {
             self.note_code_page(lin, t.global);
+            if found.second_page.is_some() {
+                let next = next_page(lin, mode);
+                let global = self.translate(next, Access::Execute, rights)?.global;
+                self.note_code_page(next, global);
+            }
             let entry = self.vm.cache.address(found.entry_memory);
             let key = self.s.jump_key;
-            self.s.jump_cache[jump_cache_index(rip)] = JumpCacheEntry { va: rip, key, entry, reserved: 0 };
+            let first = &mut self.s.jump_cache[jump_cache_index(rip)];
+            let old = std::mem::replace(first, JumpCacheEntry { va: rip, key, entry, reserved: 0 });
+            if (old.va, old.key) != (rip, key) && old.key != 0 {
+                self.s.jump_cache[jump_cache_index(rip) ^ 1] = old;
+            }
         }
         Ok(found)
     }
@@ -131,8 +140,9 @@ impl Cpu {
             draft.second_page = second.map(|(addr, _)| addr.0).filter(|_| source_len > room);
             let vm = &self.vm;
             let result = vm.cache.insert(&mut asm, draft, || {
-                vm.code_pages.version(first) == version
-                    && second.is_none_or(|(addr, v)| vm.code_pages.version(addr) == v)
+                let unchanged =
+                    |addr, version| vm.code_pages.has_code(addr) && vm.code_pages.version(addr) == version;
+                unchanged(first, version) && second.is_none_or(|(addr, v)| unchanged(addr, v))
             });
             self.asm = asm;
             match result {

@@ -37,6 +37,7 @@ impl Emitter<'_> {
                     R11
                 }
             };
+            e.stack_site(insn);
             e.asm.store(Mem::base(R10, 0), reg);
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, -8));
         });
@@ -53,6 +54,7 @@ impl Emitter<'_> {
                 self.add_segment_base(seg);
                 let load = Access { kind: Kind::Read, size: 8, seg, aligned: false };
                 self.access(insn, load, false, |e| {
+                    e.site(insn, false);
                     e.asm.load(R10, Mem::base(R10, 0));
                     e.asm.store(Mem::Gs(gs!(scratch)), R10);
                 });
@@ -67,17 +69,20 @@ impl Emitter<'_> {
         self.flags.to_memory(self.asm);
         self.asm.mov(R10, GUEST_RSP);
         let register = insn.op0_register();
-        self.access(insn, POP, false, |e| match home(register.number()) {
-            // The popped value wins over the increment.
-            Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, Mem::base(R10, 0)),
-            Home::Host(reg) => {
-                e.asm.load(reg, Mem::base(R10, 0));
-                e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
-            }
-            Home::State(n) => {
-                e.asm.load(R11, Mem::base(R10, 0));
-                e.asm.store(Mem::Gs(gpr_offset(n)), R11);
-                e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
+        self.access(insn, POP, false, |e| {
+            e.stack_site(insn);
+            match home(register.number()) {
+                // The popped value wins over the increment.
+                Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, Mem::base(R10, 0)),
+                Home::Host(reg) => {
+                    e.asm.load(reg, Mem::base(R10, 0));
+                    e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
+                }
+                Home::State(n) => {
+                    e.asm.load(R11, Mem::base(R10, 0));
+                    e.asm.store(Mem::Gs(gpr_offset(n)), R11);
+                    e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
+                }
             }
         });
     }
@@ -87,8 +92,11 @@ impl Emitter<'_> {
         self.flags.to_memory(self.asm);
         self.asm.mov(R10, RBP);
         self.access(insn, POP, false, |e| {
+            // The load first: it is what can fault.
+            e.stack_site(insn);
+            e.asm.load(R11, Mem::base(R10, 0));
             e.asm.lea(true, GUEST_RSP, Mem::base(RBP, 8));
-            e.asm.load(RBP, Mem::base(R10, 0));
+            e.asm.mov(RBP, R11);
         });
     }
 
@@ -113,6 +121,7 @@ impl Emitter<'_> {
         self.asm.mov(R10, GUEST_RSP);
         let extra = if insn.code() == Code::Retnq_imm16 { i32::from(insn.immediate16()) } else { 0 };
         self.access(insn, POP, false, |e| {
+            e.stack_site(insn);
             e.asm.load(R10, Mem::base(R10, 0));
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
         });

@@ -5,11 +5,11 @@ use iced_x86::{Instruction, Mnemonic as M, Register};
 
 use super::emit::Emitter;
 use super::fetch::chained;
-use crate::code::asm::{Label, Mem, cc, gs, state_offset};
+use crate::code::asm::{Label, Mem, cc, gs};
 use crate::code::regs::{HostReg, R10, R11, RCX, RDI, RSI};
-use crate::memory::tlb::{TLB_ENTRIES, Tlb, TlbEntry};
+use crate::code::stubs::tlb_table_offset;
+use crate::memory::tlb::{TLB_ENTRIES, TlbEntry, TlbTable};
 use crate::mode::Mode;
-use crate::state::State;
 
 /// Whether the template takes this instruction: 64-bit addresses and no segment base.
 pub(super) fn is_inline(insn: &Instruction, mode: Mode) -> bool {
@@ -90,11 +90,9 @@ impl Emitter<'_> {
     /// r10 = host address of the bytes at guest address `reg`; to `helper` if they are not all in one page of the
     /// TLB. Clobbers r11.
     fn host_range(&mut self, reg: HostReg, write: bool, rep: bool, size: u8, helper: Label) {
-        let tables = std::mem::offset_of!(State, tlb)
-            + if write { std::mem::offset_of!(Tlb, write) } else { std::mem::offset_of!(Tlb, read) };
-        let table = tables + self.key.mode.tlb_class() as usize * TLB_ENTRIES * size_of::<TlbEntry>();
-        let tag = state_offset(table + std::mem::offset_of!(TlbEntry, tag));
-        let host = state_offset(table + std::mem::offset_of!(TlbEntry, host));
+        let table = tlb_table_offset(TlbTable::new(self.key.mode.tlb_class(), write));
+        let tag = table + std::mem::offset_of!(TlbEntry, tag) as i32;
+        let host = table + std::mem::offset_of!(TlbEntry, host) as i32;
         let a = &mut *self.asm;
         a.mov32(R11, reg);
         a.shr(false, R11, 8);

@@ -2,13 +2,20 @@
 
 use iced_x86::Instruction;
 
-use super::access::seg_of;
+use super::access::{seg_of, segment_base_offset};
 use super::copy::number_of;
 use super::emit::Emitter;
 use super::stack::Source;
 use crate::code::asm::{Mem, cc, gpr_offset, gs};
-use crate::code::regs::{Home, R10, R11, home};
-use crate::state::State;
+use crate::code::regs::{Home, R10, R11, RAX, RCX, RDX, home};
+use crate::cpu::Cpu;
+use crate::exec::msr::Msrs;
+use crate::mode::Mode;
+use crate::state::{Seg, State};
+use berth_cpu::bits::{cr4, rflags};
+
+// It is an immediate operand of one byte.
+const _: () = assert!(Mode::USER_OK < 0x80);
 
 impl Emitter<'_> {
     /// PUSHFQ. VM and RF read as zero; neither is ever set while translated 64-bit code runs.
@@ -53,6 +60,70 @@ impl Emitter<'_> {
                 self.asm.store_sized(Mem::Gs(gpr_offset(n)), R11, if size == 2 { 2 } else { 8 })
             }
         }
+    }
+
+    /// SWAPGS at CPL 0.
+    pub(super) fn swap_gs(&mut self) {
+        let kernel_base = std::mem::offset_of!(Cpu, msrs) + std::mem::offset_of!(Msrs, kernel_gs_base);
+        let kernel_base = Mem::base(R11, kernel_base as i32);
+        let base = Mem::Gs(segment_base_offset(Seg::Gs));
+        let scratch = Mem::Gs(gs!(scratch));
+        let a = &mut *self.asm;
+        a.load(R10, base);
+        a.store(scratch, R10);
+        a.load(R11, Mem::Gs(gs!(cpu)));
+        a.load(R10, kernel_base);
+        a.store(base, R10);
+        a.load(R10, scratch);
+        a.store(kernel_base, R10);
+    }
+
+    /// RDTSC and RDTSCP.
+    pub(super) fn read_tsc(&mut self, insn: &Instruction) {
+        let msr = |field: usize| Mem::base(R11, (std::mem::offset_of!(Cpu, msrs) + field) as i32);
+        self.flags.to_memory(self.asm);
+        self.flags.host_lost();
+        let a = &mut *self.asm;
+        if insn.mnemonic() == iced_x86::Mnemonic::Rdtscp {
+            a.bytes(&[0x0f, 0xae, 0xe8]); // lfence: earlier loads are done
+        }
+        a.bytes(&[0x0f, 0x31]); // rdtsc
+        a.shl(true, RDX, 32);
+        a.reg(true, &[0x0b], RAX, RDX); // or
+        a.load(R11, Mem::Gs(gs!(cpu)));
+        a.mem(&[], true, &[0x03], RAX, msr(std::mem::offset_of!(Msrs, tsc_offset)));
+        a.mov(RDX, RAX);
+        a.shr(true, RDX, 32);
+        a.mov32(RAX, RAX);
+        if insn.mnemonic() == iced_x86::Mnemonic::Rdtscp {
+            a.load(RCX, msr(std::mem::offset_of!(Msrs, tsc_aux)));
+        }
+    }
+
+    /// STAC and CLAC at CPL 0 where, with SMAP, they change what the kernel may access, and so the mode. The block ends.
+    pub(super) fn set_ac(&mut self, insn: &Instruction, on: bool) {
+        self.flags.to_memory(self.asm);
+        self.flags.host_lost();
+        let (no_smap, done) = (self.asm.label(), self.asm.label());
+        let a = &mut *self.asm;
+        a.mem(&[], false, &[0xf7], 0, Mem::Gs(gs!(cr4))); // test dword, imm32
+        a.bytes(&(cr4::SMAP as u32).to_le_bytes());
+        a.jcc(cc::E, no_smap);
+        let (op, value) = if on { (1, rflags::AC as u32) } else { (4, !rflags::AC as u32) };
+        a.mem(&[], false, &[0x81], op, Mem::Gs(gs!(rflags_rest))); // or, and: dword, imm32
+        a.bytes(&value.to_le_bytes());
+        for field in [gs!(mode), gs!(jump_key)] {
+            a.mem(&[], false, &[0x83], 6, Mem::Gs(field)); // xor dword, imm8
+            a.bytes(&[Mode::USER_OK as u8]);
+        }
+        a.bind(done);
+        let next = self.next_rip(insn);
+        self.jump_known(next);
+        self.asm.set_cold(true);
+        self.asm.bind(no_smap);
+        self.helper(insn, None);
+        self.asm.jmp(done);
+        self.asm.set_cold(false);
     }
 
     /// After the instruction that follows STI: leaves if an interrupt waits.

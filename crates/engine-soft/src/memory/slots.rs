@@ -1,0 +1,174 @@
+//! Slots: for each memory access in translated code, the page that it met last.
+//!
+//! Most accesses meet the page that they met before, so each one has a *slot* at a fixed place in the state
+//! block: its address is compared with the slot's tag without computing where to look. A miss copies the entry of the
+//! first-level TLB into the slot (the refill stubs), or calls [`Cpu::slow_access`] if there is none. So slots hold
+//! nothing that the TLB could not hold, and are emptied whenever the TLB loses entries.
+//!
+//! Slots are handed out in the order of translation and shared when there are more accesses than slots; the tag
+//! decides, so sharing costs misses and is never wrong. An access that misses often (a walk through a table, a hash)
+//! is translated again without a slot: see [`Cpu::give_slot_up`].
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use berth_memory::{GuestPhysAddr, PAGE_SHIFT};
+
+use super::tlb::{TLB_TABLES, TlbTable};
+use crate::cpu::Cpu;
+
+/// Slots for each privilege class and kind of access.
+pub const SLOTS: usize = 1024;
+/// Slots that are emptied together.
+const GROUP: usize = 64;
+/// log2 of the bytes of a group, for the refill stubs.
+pub(crate) const GROUP_SHIFT: u8 = (GROUP * size_of::<Slot>()).trailing_zeros() as u8;
+const GROUPS: usize = SLOTS / GROUP;
+/// The tag of an empty slot: a page of non-canonical addresses. An access there would pass the check, but the
+/// host's CPU refuses the address just as the guest's would.
+const EMPTY: u64 = 1 << 63;
+/// From so many misses on, halved every now and then, an access is better off without a slot.
+pub(crate) const MANY_MISSES: u16 = 1 << 15;
+
+/// One slot.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Slot {
+    /// Linear address of the page.
+    pub tag: u64,
+    /// What added to a linear address in the page gives the host address.
+    pub delta: u64,
+}
+
+/// All slots of a vCPU, indexed by [`TlbTable`] and number.
+#[repr(C)]
+pub struct Slots {
+    /// The slots.
+    pub entries: [[Slot; SLOTS]; TLB_TABLES],
+    /// Not 0: the group may have slots that are not empty.
+    pub used: [[u8; GROUPS]; TLB_TABLES],
+    /// Misses of each slot since it was last given up, halved every now and then.
+    pub misses: [[u16; SLOTS]; TLB_TABLES],
+}
+
+impl Slots {
+    /// Empties the slots of `table` for whose page `gone` is true.
+    pub(super) fn clear_if(&mut self, table: TlbTable, gone: impl Fn(&Slot) -> bool) {
+        let (entries, used) = (&mut self.entries[table.index()], &mut self.used[table.index()]);
+        for (group, used) in entries.chunks_exact_mut(GROUP).zip(used).filter(|(_, used)| **used != 0) {
+            let mut any = false;
+            for slot in group {
+                if slot.tag != EMPTY && gone(slot) {
+                    *slot = Slot { tag: EMPTY, delta: 0 };
+                }
+                any |= slot.tag != EMPTY;
+            }
+            *used = u8::from(any);
+        }
+    }
+
+    /// Empties all slots of `table`.
+    pub(super) fn clear(&mut self, table: TlbTable) {
+        self.clear_if(table, |_| true);
+    }
+
+    /// Empties all slots, whatever they hold.
+    pub(super) fn initialize(&mut self) {
+        self.entries = [[Slot { tag: EMPTY, delta: 0 }; SLOTS]; TLB_TABLES];
+        self.used = [[0; GROUPS]; TLB_TABLES];
+    }
+
+    /// Forgets half of the misses, so that only frequent ones count.
+    pub(crate) fn forget_misses(&mut self) {
+        for misses in self.misses.iter_mut().flatten() {
+            *misses /= 2;
+        }
+    }
+}
+
+/// Accesses that have no slot, by the guest physical address of their instruction. It may claim to have what it has
+/// not.
+pub(crate) struct Slotless(Box<[AtomicU64]>);
+
+impl Slotless {
+    const WORDS: usize = 1024;
+
+    pub(crate) fn new() -> Self {
+        Self((0..Self::WORDS).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn place(&self, instruction: GuestPhysAddr) -> (&AtomicU64, u64) {
+        let hash = instruction.0.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+        (&self.0[hash as usize >> 6], 1 << (hash & 63))
+    }
+
+    pub(crate) fn has(&self, instruction: GuestPhysAddr) -> bool {
+        let (word, bit) = self.place(instruction);
+        word.load(Ordering::Relaxed) & bit != 0
+    }
+
+    fn add(&self, instruction: GuestPhysAddr) {
+        let (word, bit) = self.place(instruction);
+        word.fetch_or(bit, Ordering::Relaxed);
+    }
+
+    /// Gives every access its slot again.
+    pub(crate) fn clear(&self) {
+        self.0.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+}
+
+impl Cpu {
+    /// Called for a miss of slot `number`: if it missed many times, has the instruction at RIP translated
+    /// without it.
+    pub(crate) fn give_slot_up(&mut self, table: TlbTable, number: usize) {
+        let misses = &mut self.s.slots.misses[table.index()][number];
+        if *misses < MANY_MISSES {
+            return;
+        }
+        *misses = 0;
+        // The instruction was fetched, so this is a lookup.
+        let Ok(t) = self.translate(self.s.rip, super::Access::Execute, super::Rights::of(self.s.mode)) else {
+            return;
+        };
+        let instruction = GuestPhysAddr(t.gpa | self.s.rip & ((1 << PAGE_SHIFT) - 1));
+        self.counters.slots_given_up += 1;
+        self.vm.slotless.add(instruction);
+        // The running block stays as it is until it is left; jumps to it find the new one.
+        self.vm.cache.invalidate(instruction, 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_without_a_slot_are_remembered() {
+        let slotless = Slotless::new();
+        assert!(!slotless.has(GuestPhysAddr(0x1234)));
+        slotless.add(GuestPhysAddr(0x1234));
+        assert!(slotless.has(GuestPhysAddr(0x1234)));
+        assert!(!slotless.has(GuestPhysAddr(0x1235)));
+        slotless.clear();
+        assert!(!slotless.has(GuestPhysAddr(0x1234)));
+    }
+
+    #[test]
+    fn only_what_is_gone_is_emptied() {
+        let layout = std::alloc::Layout::new::<Slots>();
+        // SAFETY: the layout is not empty, and zero bytes are valid for all fields.
+        let mut slots = unsafe { Box::from_raw(std::alloc::alloc_zeroed(layout).cast::<Slots>()) };
+        slots.initialize();
+        let table = TlbTable::new(crate::mode::TlbClass::Kernel, true);
+        for (number, tag) in [(3, 0x1000), (4, 0x2000), (700, 0x1000)] {
+            slots.entries[table.index()][number] = Slot { tag, delta: 8 };
+            slots.used[table.index()][number / GROUP] = 1;
+        }
+        slots.clear_if(table, |slot| slot.tag == 0x1000);
+        let entries = &slots.entries[table.index()];
+        assert_eq!((entries[3].tag, entries[4].tag, entries[700].tag), (EMPTY, 0x2000, EMPTY));
+        assert_eq!((slots.used[table.index()][0], slots.used[table.index()][700 / GROUP]), (1, 0));
+        slots.clear(table);
+        assert_eq!(slots.entries[table.index()][4].tag, EMPTY);
+    }
+}
