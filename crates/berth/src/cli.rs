@@ -6,6 +6,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::env::Shells;
 
+use crate::disk::DiskCommand;
 use crate::image::ImageCommand;
 use crate::options::VmOptions;
 
@@ -26,6 +27,12 @@ pub struct Cli {
 pub enum Command {
     /// Start a virtual machine with its serial console on this terminal
     Run(Box<RunArguments>),
+    /// Make, look at and change disk images
+    Disk {
+        /// What to do.
+        #[command(subcommand)]
+        command: DiskCommand,
+    },
     /// Say what this host offers and which engine `--engine auto` takes
     Host {
         /// As JSON, for programs

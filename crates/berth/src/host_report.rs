@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use berth_host::{CgroupVersion, EngineName, Host, KvmKind, PressureSome};
 
-use crate::size::show;
+use berth_machine::options::size::show;
 
 /// The report on this host, ready to print.
 pub fn report(json: bool) -> String {

@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use berth_image::{
     DEFAULT_SUITE, DebianOptions, Image, ImageError, Images, ImportOptions, MIN_SIZE, Name, data_directory,
 };
+use berth_machine::options::size;
 use clap::{Args, Subcommand};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 use serde_json::json;
-
-use crate::size;
 
 /// Largest disk in bytes: what ext4 with blocks of 4 KiB and most file systems of hosts can hold.
 const MAX_SIZE: u64 = 16 << 40;

@@ -6,6 +6,7 @@
 mod cli;
 mod completions;
 mod console;
+mod disk;
 mod escape;
 mod host_report;
 mod image;
@@ -13,7 +14,6 @@ mod log;
 mod options;
 mod run;
 mod shutdown;
-mod size;
 mod terminal;
 mod vm_file;
 
@@ -32,6 +32,10 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::run(&arguments).unwrap_or_else(|e| {
             log::message(&format!("error: {e}"));
             e.exit_code()
+        }),
+        Command::Disk { command } => disk::run(&command).unwrap_or_else(|e| {
+            log::message(&format!("error: {e}"));
+            ExitCode::FAILURE
         }),
         Command::Host { json } => print(&host_report::report(json)),
         Command::Image(command) => match image::image(command) {

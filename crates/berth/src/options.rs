@@ -9,12 +9,13 @@ use std::path::{Path, PathBuf};
 
 use berth_cpu::MAX_VCPUS;
 use berth_image::Name;
+use berth_machine::options::{
+    BalloonOptions, ConsoleKind, DeviceOptions, DiskOptions, NetOptions, VsockOptions, size,
+};
 use berth_memory::layout::MAX_RAM;
 use clap::{Args, ValueEnum};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
-
-use crate::size;
 
 /// Smallest RAM of a VM in bytes.
 const MIN_RAM: u64 = 1 << 20;
@@ -61,6 +62,26 @@ pub struct VmOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_code_cache)]
     #[serde(deserialize_with = "code_cache")]
     pub code_cache: Option<u64>,
+    /// Disk; several possible. OPTIONS: FILE, then format=raw|qcow2, ro, cache=writeback|none|writethrough,
+    /// serial=S, id=ID, with commas between
+    #[arg(long, value_name = "OPTIONS")]
+    pub disk: Vec<DiskOptions>,
+    /// Network interface; several possible. OPTIONS: user with forward=tcp:8080:80 (repeatable), or tap=NAME, or
+    /// bridge=NAME; then mac=ADDRESS, id=ID
+    #[arg(long, value_name = "OPTIONS")]
+    pub net: Vec<NetOptions>,
+    /// Sockets between host and guest. OPTIONS: path of a Unix socket, then cid=N
+    #[arg(long, value_name = "OPTIONS")]
+    pub vsock: Option<VsockOptions>,
+    /// Memory balloon. OPTIONS: size=SIZE, deflate-on-oom=on|off, reporting=on|off, hinting=on|off
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub balloon: Option<BalloonOptions>,
+    /// Give the guest a source of random numbers
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub rng: Option<bool>,
+    /// What the terminal is connected to: serial (ttyS0) or virtio (hvc0) [default: serial]
+    #[arg(long, value_name = "KIND")]
+    pub console: Option<ConsoleKind>,
 }
 
 impl VmOptions {
@@ -79,6 +100,12 @@ impl VmOptions {
             no_reboot,
             debug_exit,
             code_cache,
+            disk,
+            net,
+            vsock,
+            balloon,
+            rng,
+            console,
         } = self;
         Self {
             name: name.or(others.name),
@@ -92,12 +119,22 @@ impl VmOptions {
             no_reboot: no_reboot.or(others.no_reboot),
             debug_exit: debug_exit.or(others.debug_exit),
             code_cache: code_cache.or(others.code_cache),
+            disk: if disk.is_empty() { others.disk } else { disk },
+            net: if net.is_empty() { others.net } else { net },
+            vsock: vsock.or(others.vsock),
+            balloon: balloon.or(others.balloon),
+            rng: rng.or(others.rng),
+            console: console.or(others.console),
         }
     }
 
     /// Relative paths are taken from `directory` from now on.
     pub fn relative_to(&mut self, directory: &Path) {
-        for path in [&mut self.kernel, &mut self.initrd].into_iter().flatten() {
+        let boot = [&mut self.kernel, &mut self.initrd].into_iter().flatten();
+        let disks = self.disk.iter_mut().map(|disk| &mut disk.path);
+        let sockets = self.net.iter_mut().filter_map(|net| net.socket.as_mut());
+        let vsock = self.vsock.iter_mut().map(|vsock| &mut vsock.path);
+        for path in boot.chain(disks).chain(sockets).chain(vsock) {
             *path = directory.join(&path);
         }
     }
@@ -115,6 +152,18 @@ impl VmOptions {
     /// Memory in bytes.
     pub fn memory(&self) -> u64 {
         self.memory.unwrap_or(512 << 20)
+    }
+
+    /// Disks, network and the other devices that not every VM has.
+    pub fn devices(&self) -> DeviceOptions {
+        DeviceOptions {
+            disk: self.disk.clone(),
+            net: self.net.clone(),
+            vsock: self.vsock.clone(),
+            balloon: self.balloon.clone(),
+            rng: self.rng.unwrap_or(false),
+            console: self.console.unwrap_or_default(),
+        }
     }
 
     /// Most memory for translated code in bytes.

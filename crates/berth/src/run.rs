@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use berth_guest_image::{GuestImageError, KERNEL_PARAMETERS};
+use berth_machine::options::{ConsoleKind, size};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome};
 
 use crate::cli::{Cli, RunArguments};
@@ -15,7 +16,7 @@ use crate::escape::{HELP, Key};
 use crate::options::{Engine, VmOptions};
 use crate::terminal::RawTerminal;
 use crate::vm_file::{self, VmFileError};
-use crate::{log, shutdown, size, terminal};
+use crate::{log, shutdown, terminal};
 
 /// Command line for a kernel that the user names without one.
 const DEFAULT_CMDLINE: &str = "console=ttyS0";
@@ -95,6 +96,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         debug_exit: options.debug_exit.unwrap_or(false),
         no_reboot: options.no_reboot.unwrap_or(false),
         code_cache_bytes: options.code_cache(),
+        devices: options.devices(),
     };
     tracing::info!(?config, "starting");
 
@@ -146,8 +148,18 @@ fn choose_boot(options: &VmOptions, name: &str, on_terminal: bool) -> Result<Boo
     Ok(Boot {
         kernel: guest.kernel,
         initrd: Some(options.initrd.clone().unwrap_or(guest.initrd)),
-        cmdline: default_guest_cmdline(name, window, term.as_deref(), options.append.as_deref()),
+        cmdline: default_guest_cmdline(name, window, term.as_deref(), options.append.as_deref())
+            + console_parameters(options.console.unwrap_or_default()),
     })
+}
+
+/// What the default guest's kernel must know of a console that is not the serial port. The last one named is the one of
+/// its programs.
+fn console_parameters(console: ConsoleKind) -> &'static str {
+    match console {
+        ConsoleKind::Serial => "",
+        ConsoleKind::Virtio => " console=hvc0",
+    }
 }
 
 /// The default guest's command line: what its kernel and its init take, then what the user adds.

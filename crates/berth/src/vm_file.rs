@@ -121,6 +121,12 @@ mod tests {
             no-reboot = true
             debug-exit = false
             code-cache = "16M"
+            disk = [{ path = "a.img", ro = true }]
+            net = [{ user = true, forward = ["tcp:8080:80"] }]
+            vsock = { path = "v.sock" }
+            balloon = { size = "64M" }
+            rng = true
+            console = "virtio"
         "#;
         let keys = serde_introspect::<VmOptions>();
         assert!(keys.iter().all(|k| text.contains(&format!("{k} = "))), "not all of {keys:?} are tested");
@@ -136,6 +142,12 @@ mod tests {
             no_reboot: Some(true),
             debug_exit: Some(false),
             code_cache: Some(16 << 20),
+            disk: vec!["a.img,ro".parse().unwrap()],
+            net: vec!["user,forward=tcp:8080:80".parse().unwrap()],
+            vsock: Some("v.sock".parse().unwrap()),
+            balloon: Some("64M".parse().unwrap()),
+            rng: Some(true),
+            console: Some("virtio".parse().unwrap()),
         };
         assert_eq!(parse(text), Ok(expected));
         assert_eq!(parse(""), Ok(VmOptions::default()));

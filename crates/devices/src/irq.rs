@@ -14,6 +14,19 @@ pub struct IrqError {
     pub irq: u8,
 }
 
+/// Where message signalled interrupts go.
+pub trait MsiSink: Send + Sync {
+    /// A device's write of `data` to `address` (SDM volume 3, 11.11). One that is no interrupt is dropped. Called
+    /// from any thread, perhaps with the device's own lock held.
+    fn send_msi(&self, address: u64, data: u32);
+}
+
+impl MsiSink for InterruptChips {
+    fn send_msi(&self, address: u64, data: u32) {
+        self.deliver_msi(address, data);
+    }
+}
+
 /// One device's wire to an interrupt, which other devices may share: it is asserted while any of their lines is.
 /// Made by [`InterruptChips::line`]. Dropping the line releases it.
 pub struct IrqLine {

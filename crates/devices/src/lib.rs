@@ -7,6 +7,8 @@
 //!                         InterruptChips ──kick──► vCPU      NAME/timer thread    the machine
 //! ```
 //!
+//! The [`virtio`] devices are on PCI and have threads of their own.
+//!
 //! A device is a register core (plain `Clone` data that takes the time as an argument and touches nothing outside
 //! itself) inside a thin shim that locks it, drives its [`irq::IrqLine`] and arms its [`timer::Timer`].
 //!
@@ -34,7 +36,11 @@ pub mod pci;
 pub mod pit;
 pub mod power;
 pub mod serial;
+mod thread_name;
 pub mod timer;
+pub mod virtio;
+
+pub use thread_name::thread_name;
 
 #[cfg(test)]
 mod random_access;

@@ -1,8 +1,9 @@
 //! The board: all devices of the machine, wired up.
 //!
-//! Adding a device: make it here, register it on the bus, and reset it in [`Board::reset`].
+//! Adding a device: make it here, register it on the bus, and reset it in [`Board::reset`]. Virtio devices: see
+//! [`crate::virtio`].
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,11 +20,14 @@ use berth_devices::pit::Pit;
 use berth_devices::power::PowerSink;
 use berth_devices::serial::Serial;
 use berth_devices::timer::{TimerError, Timers, TscClock, tsc_hz};
-use berth_engine::{Bus, LocalApic, VcpuHandle};
+use berth_devices::virtio::console::Output;
+use berth_engine::{Bus, Engine, LocalApic, VcpuHandle};
 use berth_memory::GuestMemory;
 use berth_memory::layout::{HIGH_RAM_START, ports};
+use parking_lot::Mutex;
 
 use crate::config::MachineConfig;
+use crate::virtio::{VirtioDevices, VirtioError};
 
 /// ISA interrupt of the PIT.
 const PIT_IRQ: u8 = 0;
@@ -42,6 +46,9 @@ pub enum BoardError {
     /// Two devices want the same address.
     #[error("internal error: {0}")]
     Bus(#[from] BusError),
+    /// Disks, network and the like.
+    #[error(transparent)]
+    Virtio(#[from] VirtioError),
     /// A device wants an interrupt that there is not.
     #[error("internal error: {0}")]
     Irq(#[from] IrqError),
@@ -57,6 +64,7 @@ pub struct Board {
     i8042: Arc<I8042>,
     acpi_pm: Arc<AcpiPm>,
     pci: Arc<PciRoot>,
+    virtio: VirtioDevices,
     tsc_hz: u64,
     // Last, so that the timers' thread ends after the devices that use it.
     _timers: Timers,
@@ -64,7 +72,7 @@ pub struct Board {
 
 impl Board {
     /// All devices of the machine that `config` describes, in the state after power-up. Requests that end or
-    /// restart the VM go to `power`, the serial port's output to `console`.
+    /// restart the VM go to `power`, what serial port and virtio console print to `console`.
     ///
     /// # Errors
     /// [`BoardError`].
@@ -83,7 +91,8 @@ impl Board {
         chips.register(&mut bus)?;
         let pit = Pit::new(chips.line(PIT_IRQ)?, &timers);
         pit.register(&mut bus)?;
-        let serial = Serial::new(chips.line(ports::SERIAL_IRQ)?, console);
+        let output: Output = Arc::new(Mutex::new(console));
+        let serial = Serial::new(chips.line(ports::SERIAL_IRQ)?, Box::new(SharedOutput(output.clone())));
         serial.register(ports::SERIAL, &mut bus)?;
         let (low, high) = ram_sizes(memory);
         let cmos = Cmos::new(chips.line(ports::CMOS_IRQ)?, &timers, low, high);
@@ -94,10 +103,11 @@ impl Board {
         acpi_pm.register(&mut bus)?;
         let pci = PciRoot::new(power.clone());
         pci.register(&mut bus)?;
+        let virtio = VirtioDevices::new(config, memory, &chips, &pci, &output)?;
         if config.debug_exit {
             bus.register_ports(ports::DEBUG_EXIT, 1, "debug exit", Arc::new(DebugExit::new(power)))?;
         }
-        Ok(Self { bus, chips, pit, serial, cmos, i8042, acpi_pm, pci, tsc_hz, _timers: timers })
+        Ok(Self { bus, chips, pit, serial, cmos, i8042, acpi_pm, pci, virtio, tsc_hz, _timers: timers })
     }
 
     /// The bus, for the vCPUs.
@@ -122,6 +132,21 @@ impl Board {
         }
     }
 
+    /// Tells `engine` of all writes of devices to guest memory from now on.
+    pub fn connect_engine(&self, engine: Arc<dyn Engine>) {
+        self.virtio.connect_engine(engine);
+    }
+
+    /// Disks, network and the like.
+    pub fn virtio(&self) -> &VirtioDevices {
+        &self.virtio
+    }
+
+    /// Stops the devices that have threads of their own: what was begun is done, and what was written is kept.
+    pub fn stop_devices(&self) {
+        self.virtio.pause();
+    }
+
     /// All devices back to the state after power-up. No vCPU may be running.
     pub fn reset(&self) {
         self.pit.reset();
@@ -129,14 +154,18 @@ impl Board {
         self.cmos.reset();
         self.i8042.reset();
         self.acpi_pm.reset();
+        self.virtio.reset();
         self.pci.reset();
         // Last: the devices have released their lines.
         self.chips.reset();
     }
 
-    /// Input for the serial port; returns how many bytes it took.
+    /// Input for the console, virtio or serial; returns how many bytes it took.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
-        self.serial.push_input(bytes)
+        match self.virtio.console() {
+            Some(console) => console.push_input(bytes),
+            None => self.serial.push_input(bytes),
+        }
     }
 
     /// Presses the ACPI power button.
@@ -149,9 +178,25 @@ impl Board {
         self.acpi_pm.hears_power_button()
     }
 
-    /// Waits until the serial port takes input, at most `timeout`; returns whether it does.
+    /// Waits until the console takes input, at most `timeout`; returns whether it does.
     pub fn wait_for_console_room(&self, timeout: Duration) -> bool {
-        self.serial.wait_for_room(timeout)
+        match self.virtio.console() {
+            Some(console) => console.wait_for_room(timeout),
+            None => self.serial.wait_for_room(timeout),
+        }
+    }
+}
+
+/// What serial port and virtio console print to.
+struct SharedOutput(Output);
+
+impl Write for SharedOutput {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.lock().write(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().flush()
     }
 }
 

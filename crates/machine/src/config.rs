@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use berth_cpu::MAX_VCPUS;
 
+use crate::options::DeviceOptions;
+
 /// Which engine executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
@@ -37,6 +39,8 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Bound on the soft engine's translated code in bytes, for all vCPUs together.
     pub code_cache_bytes: u64,
+    /// Disks, network and other devices that not every VM has.
+    pub devices: DeviceOptions,
 }
 
 /// A number of vCPUs that cannot be.

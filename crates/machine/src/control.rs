@@ -4,8 +4,11 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
+
 use crate::board::Board;
 use crate::event::Event;
+use crate::virtio::DiskResizeError;
 
 /// A handle to a machine. Cheap to clone; after the machine's end it does nothing.
 #[derive(Clone)]
@@ -40,6 +43,27 @@ impl MachineControl {
         self.board.hears_power_button()
     }
 
+    /// Makes the disk `id` larger while the guest runs, and tells the guest. A disk without an id is named by its place:
+    /// `disk0` is the first.
+    ///
+    /// # Errors
+    /// [`DiskResizeError`].
+    pub fn resize_disk(&self, id: &str, size: u64) -> Result<(), DiskResizeError> {
+        self.board.virtio().resize_disk(id, size)
+    }
+
+    /// How large the user's terminal is, for a virtio console; a serial port cannot tell its guest.
+    pub fn set_console_size(&self, columns: u16, rows: u16) {
+        if let Some(console) = self.board.virtio().console() {
+            console.set_size(columns, rows);
+        }
+    }
+
+    /// The memory balloon, if the VM has one.
+    pub fn balloon(&self) -> Option<BalloonControl<'_>> {
+        self.board.virtio().balloon().map(BalloonControl)
+    }
+
     /// Ends the machine at once; [`crate::Machine::wait`] returns [`crate::Outcome::Stopped`].
     pub fn stop(&self) {
         self.send(Event::Stop);
@@ -53,5 +77,31 @@ impl MachineControl {
     fn send(&self, event: Event) {
         // The receiver is gone when the machine has ended: then there is nothing to do.
         let _ = self.events.send(event);
+    }
+}
+
+/// What can be done with a VM's memory balloon.
+#[derive(Clone, Copy)]
+pub struct BalloonControl<'a>(&'a Balloon);
+
+impl BalloonControl<'_> {
+    /// Asks the guest to give `bytes` back in all, rounded down to pages. It may give less.
+    pub fn set_target(&self, bytes: u64) {
+        self.0.set_target(bytes);
+    }
+
+    /// How the balloon stands.
+    pub fn status(&self) -> BalloonStatus {
+        self.0.status()
+    }
+
+    /// Asks the guest for statistics, which [`Self::status`] has soon; returns whether that was possible.
+    pub fn request_statistics(&self) -> bool {
+        self.0.request_statistics()
+    }
+
+    /// Asks the guest for its free pages, which go back to the host; returns whether that was possible.
+    pub fn start_hinting(&self) -> bool {
+        self.0.start_hinting()
     }
 }

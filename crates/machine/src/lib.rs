@@ -17,17 +17,20 @@ mod config;
 mod control;
 mod event;
 mod machine;
+pub mod options;
 mod page_walk;
 mod supervisor;
 #[cfg(test)]
 mod tests;
-mod thread_name;
 mod vcpu_thread;
+mod virtio;
 
+pub use berth_devices::virtio::balloon::{BalloonStatus, Statistics};
 pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
-pub use control::MachineControl;
+pub use control::{BalloonControl, MachineControl};
 pub use machine::{Machine, MachineError};
+pub use virtio::{DiskResizeError, VirtioError};
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]

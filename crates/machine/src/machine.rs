@@ -19,8 +19,8 @@ use crate::config::{BadVcpuCount, EngineKind, MachineConfig};
 use crate::control::MachineControl;
 use crate::event::Event;
 use crate::supervisor::{Parts, Supervisor};
-use crate::thread_name::thread_name;
 use crate::vcpu_thread::{VcpuContext, VcpuThread};
+use berth_devices::thread_name;
 
 /// Why a machine cannot be made or started. One line for people.
 #[derive(Debug, thiserror::Error)]
@@ -120,10 +120,11 @@ impl Machine {
             let _ = power.send(Event::Power(event));
         });
         let board = Arc::new(Board::new(&config, &memory, power, console)?);
-        let engine = make(memory.clone(), board.tsc_hz(), &config)?;
+        let engine: Arc<dyn Engine> = make(memory.clone(), board.tsc_hz(), &config)?.into();
         if engine.interrupt_controllers() == InterruptControllers::Engine {
             return Err(MachineError::ForeignInterruptControllers(engine.name()));
         }
+        board.connect_engine(engine.clone());
         let context = VcpuContext {
             vm_name: config.name.clone(),
             board: board.clone(),

@@ -51,7 +51,7 @@ pub struct Supervisor {
     vcpus: Vec<VcpuThread>,
     events: Receiver<Event>,
     board: Arc<Board>,
-    engine: Box<dyn Engine>,
+    engine: Arc<dyn Engine>,
     memory: GuestMemory,
     source: BootSource,
     platform: Platform,
@@ -68,7 +68,7 @@ pub struct Parts {
     /// The devices.
     pub board: Arc<Board>,
     /// The engine that made the vCPUs.
-    pub engine: Box<dyn Engine>,
+    pub engine: Arc<dyn Engine>,
     /// Guest memory with the kernel loaded.
     pub memory: GuestMemory,
     /// What to load after a reset.
@@ -101,6 +101,13 @@ impl Supervisor {
 
     /// Runs the machine to its end.
     pub fn run(mut self) -> Outcome {
+        let outcome = self.lead();
+        // What the guest wrote to its disks is to be there, whether it asked for that or not.
+        self.board.stop_devices();
+        outcome
+    }
+
+    fn lead(&mut self) -> Outcome {
         loop {
             self.power_on();
             let verdict = self.serve();

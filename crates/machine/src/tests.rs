@@ -160,6 +160,7 @@ fn config(kernel: &Kernel, vcpus: u8) -> MachineConfig {
         debug_exit: true,
         no_reboot: false,
         code_cache_bytes: 1 << 20,
+        devices: Default::default(),
     }
 }
 

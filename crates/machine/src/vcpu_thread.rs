@@ -18,7 +18,7 @@ use tracing::{Level, debug, enabled};
 use crate::account::account;
 use crate::board::Board;
 use crate::event::{Event, Parked};
-use crate::thread_name::thread_name;
+use berth_devices::thread_name;
 
 /// What a parked vCPU is told.
 enum Command {

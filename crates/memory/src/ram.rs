@@ -28,6 +28,17 @@ pub enum MemoryError {
         /// What the host said.
         reason: String,
     },
+    /// The host refused to take memory back.
+    #[error("the host does not take back {len} bytes of guest memory at {start}: {source}")]
+    Discard {
+        /// First address.
+        start: GuestPhysAddr,
+        /// Length in bytes.
+        len: u64,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The access is not inside RAM.
     #[error("no RAM at guest physical {start} for {len} bytes")]
     OutOfRange {
@@ -124,6 +135,24 @@ impl GuestMemory {
         })
     }
 
+    /// Gives `len` bytes from `start` on back to the host; they read as zero from now on. Both are multiples of 4096.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] when not all of it is RAM of one region or whole pages; [`MemoryError::Discard`]
+    /// when the host refuses.
+    pub fn discard(&self, start: GuestPhysAddr, len: u64) -> Result<(), MemoryError> {
+        let whole = start.page_offset() == 0 && len.is_multiple_of(PAGE_SIZE);
+        let Some(host) = self.host_address(start, len).filter(|_| whole) else {
+            return Err(MemoryError::OutOfRange { start, len });
+        };
+        // SAFETY: the range is inside a mapping of ours that is only memory of the guest; nobody has references
+        // into it.
+        match unsafe { libc::madvise(host.0 as *mut libc::c_void, len as usize, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(MemoryError::Discard { start, len, source: std::io::Error::last_os_error() }),
+        }
+    }
+
     /// Copies `data` to guest physical `start`.
     ///
     /// # Errors
@@ -171,6 +200,19 @@ mod tests {
     fn impossible_sizes_are_refused() {
         for size in [0, 1024, 4096, (1 << 20) + 1, u64::MAX, MAX_RAM + PAGE_SIZE] {
             assert!(matches!(GuestMemory::new(size), Err(MemoryError::BadSize { .. })), "{size}");
+        }
+    }
+
+    #[test]
+    fn discarded_pages_are_zero() {
+        let m = GuestMemory::new(1 << 20).unwrap();
+        m.write(GuestPhysAddr(0x1ff8), &[7; 16]).unwrap();
+        m.discard(GuestPhysAddr(0x2000), 0x1000).unwrap();
+        let mut back = [1; 16];
+        m.read(GuestPhysAddr(0x1ff8), &mut back).unwrap();
+        assert_eq!(back, [[7; 8], [0; 8]].concat()[..]);
+        for (start, len) in [(0x2001, 0x1000), (0x2000, 0x800), (0xf_f000, 0x2000), (1 << 20, 0x1000)] {
+            assert!(m.discard(GuestPhysAddr(start), len).is_err(), "{start:#x}");
         }
     }
 

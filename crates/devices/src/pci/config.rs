@@ -216,6 +216,17 @@ impl ConfigSpace {
             .collect()
     }
 
+    /// All bytes, to be saved.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes the bits that the guest can write from saved bytes; missing bytes stay as they are.
+    pub fn restore(&mut self, bytes: &[u8]) {
+        let len = bytes.len().min(SIZE);
+        self.write(0, &bytes[..len]);
+    }
+
     /// Back to the state after reset, as far as a function has one that is common to all: command, BARs and
     /// interrupt line.
     pub fn reset(&mut self) {

@@ -1,6 +1,9 @@
 //! Sizes as people write them: `512M`, `2G`, `1GiB`, plain bytes.
 
+use std::fmt;
 use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Why a text is no usable size.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +77,44 @@ pub fn show(bytes: u64) -> String {
         format!("{} {unit}", bytes >> shift)
     } else {
         format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64)
+    }
+}
+
+/// A number of bytes, read from a number or from a text with a unit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&show(self.0))
+    }
+}
+
+impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = ByteSize;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a size such as \"512M\", or a number of bytes")
+            }
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<ByteSize, E> {
+                Ok(ByteSize(value))
+            }
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<ByteSize, E> {
+                u64::try_from(value).map(ByteSize).map_err(|_| E::custom("a size cannot be negative"))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                parse(text, 0..=u64::MAX).map(ByteSize).map_err(E::custom)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
     }
 }
 
