@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 
+use berth_image::Name;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
+use clap_complete::engine::ArgValueCandidates;
 use clap_complete::env::Shells;
 
 use crate::disk::DiskCommand;
-use crate::image::ImageCommand;
+use crate::image::{ImageCommand, vm_names};
 use crate::options::VmOptions;
 
 /// Runs virtual machines on any x86-64 Linux host.
@@ -42,6 +44,12 @@ pub enum Command {
     /// Make, list and remove images: root disks that VMs start from
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Remove VMs that were kept, with what they wrote to their disks
+    Rm {
+        /// Their names
+        #[arg(required = true, value_name = "NAME", add = ArgValueCandidates::new(vm_names))]
+        names: Vec<Name>,
+    },
     /// Print what makes a shell complete `berth`, for its start-up file
     Completions {
         /// The shell
@@ -55,7 +63,8 @@ pub enum Command {
 #[command(long_about = "\
 Starts a virtual machine with its serial console on this terminal.
 
-Without --kernel it is Berth's default guest: the distribution's own cloud kernel with a small root file system \
+With --image it starts from an image (see `berth image`), and what it writes is kept under its --name. Without \
+--image and --kernel it is Berth's default guest: the distribution's own cloud kernel with a small root file system \
 in memory. The first start fetches it with apt (nothing is installed) into $XDG_CACHE_HOME/berth.")]
 #[command(after_help = "\
 Keys: Ctrl-A x ends the VM, Ctrl-A p presses its power button, Ctrl-A h lists all keys.

@@ -35,7 +35,7 @@ pub enum ImageCommand {
         #[arg(required = true, value_name = "NAME", add = ArgValueCandidates::new(image_names))]
         names: Vec<Name>,
     },
-    /// Make an image of a disk file
+    /// Make an image of a disk file, raw or qcow2
     Import(ImportArguments),
 }
 
@@ -103,6 +103,21 @@ fn parse_size(text: &str) -> Result<u64, size::SizeError> {
 pub fn image_names() -> Vec<CompletionCandidate> {
     let Ok(data) = data_directory() else { return Vec::new() };
     Images::new(&data).names().into_iter().map(|name| CompletionCandidate::new(name.as_str())).collect()
+}
+
+/// Names of VMs that were kept, for shells that complete them.
+pub fn vm_names() -> Vec<CompletionCandidate> {
+    let Ok(data) = data_directory() else { return Vec::new() };
+    Images::new(&data).vm_names().into_iter().map(|name| CompletionCandidate::new(name.as_str())).collect()
+}
+
+/// Removes VMs that were kept.
+///
+/// # Errors
+/// [`ImageError`].
+pub fn remove_vms(names: &[Name]) -> Result<(), ImageError> {
+    let images = Images::new(&data_directory()?);
+    names.iter().try_for_each(|name| images.remove_vm(name))
 }
 
 /// Does what `command` says; returns what is to be printed.

@@ -3,6 +3,7 @@
 //! Exit codes: 0 for success, and for a guest that powered off or was ended by its user; 1 when something
 //! failed; 2 for a command line that makes no sense; the guest's own code with `--debug-exit`.
 
+mod boot;
 mod cli;
 mod completions;
 mod console;
@@ -40,13 +41,18 @@ fn main() -> ExitCode {
         Command::Host { json } => print(&host_report::report(json)),
         Command::Image(command) => match image::image(command) {
             Ok(text) => print(&text),
-            Err(e) => {
-                log::message(&format!("error: {e}"));
-                ExitCode::FAILURE
-            }
+            Err(e) => failure(&e),
         },
+        Command::Rm { names } => {
+            image::remove_vms(&names).map_or_else(|e| failure(&e), |()| ExitCode::SUCCESS)
+        }
         Command::Completions { shell } => print(&completions::script(&shell)),
     }
+}
+
+fn failure(error: &dyn std::error::Error) -> ExitCode {
+    log::message(&format!("error: {error}"));
+    ExitCode::FAILURE
 }
 
 /// Prints to standard output; a reader that went away (such as `head`) is no error.

@@ -14,8 +14,11 @@ use berth_machine::options::{
 };
 use berth_memory::layout::MAX_RAM;
 use clap::{Args, ValueEnum};
+use clap_complete::engine::ArgValueCandidates;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
+
+use crate::image::image_names;
 
 /// Smallest RAM of a VM in bytes.
 const MIN_RAM: u64 = 1 << 20;
@@ -40,13 +43,22 @@ pub struct VmOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
     #[serde(deserialize_with = "memory")]
     pub memory: Option<u64>,
+    /// Image to start from (see `berth image ls`)
+    #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(image_names))]
+    pub image: Option<Name>,
+    /// With --image: throw away at the end of the VM what it writes to its root disk, as for a VM without --name
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub ephemeral: Option<bool>,
+    /// With --image: no network but what --net names; without this it has one through passt, if that is installed
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub no_network: Option<bool>,
     /// Kernel: a bzImage, or an ELF file with a PVH note or a multiboot header
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line; for the default guest added to its own, else instead of `console=ttyS0`
+    /// Kernel command line; for an image and the default guest added to its own, else instead of `console=ttyS0`
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub append: Option<String>,
     /// Fail if no kernel is named
@@ -93,6 +105,9 @@ impl VmOptions {
             engine,
             cpus,
             memory,
+            image,
+            ephemeral,
+            no_network,
             kernel,
             initrd,
             append,
@@ -112,6 +127,9 @@ impl VmOptions {
             engine: engine.or(others.engine),
             cpus: cpus.or(others.cpus),
             memory: memory.or(others.memory),
+            image: image.or(others.image),
+            ephemeral: ephemeral.or(others.ephemeral),
+            no_network: no_network.or(others.no_network),
             kernel: kernel.or(others.kernel),
             initrd: initrd.or(others.initrd),
             append: append.or(others.append),

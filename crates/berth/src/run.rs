@@ -1,25 +1,24 @@
 //! `berth run`: one VM from its arguments to its exit code.
 
 use std::io;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use berth_guest_image::{GuestImageError, KERNEL_PARAMETERS};
-use berth_machine::options::{ConsoleKind, size};
+use berth_disk::Format;
+use berth_guest_image::GuestImageError;
+use berth_image::ImageError;
+use berth_machine::options::{DiskOptions, size};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome};
 
-use crate::cli::{Cli, RunArguments};
+use crate::boot::{self, Boot};
+use crate::cli::RunArguments;
 use crate::console::{self, Guest};
 use crate::escape::{HELP, Key};
-use crate::options::{Engine, VmOptions};
+use crate::options::Engine;
 use crate::terminal::RawTerminal;
 use crate::vm_file::{self, VmFileError};
 use crate::{log, shutdown, terminal};
-
-/// Command line for a kernel that the user names without one.
-const DEFAULT_CMDLINE: &str = "console=ttyS0";
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +32,9 @@ pub enum RunError {
     /// The default guest.
     #[error(transparent)]
     Guest(#[from] GuestImageError),
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -61,13 +63,6 @@ impl RunError {
     }
 }
 
-/// What the guest boots.
-struct Boot {
-    kernel: PathBuf,
-    initrd: Option<PathBuf>,
-    cmdline: String,
-}
-
 /// Runs a VM to its end.
 ///
 /// # Errors
@@ -84,19 +79,25 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     };
     let on_terminal = terminal::is_terminal();
     let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
-    let boot = choose_boot(&options, &name, on_terminal)?;
+    let Boot { kernel, initrd, cmdline, root_disk } = boot::choose(&options, &name, on_terminal)?;
+    let mut devices = options.devices();
+    devices.net.extend(boot::default_network(&options));
+    if let Some(disk) = &root_disk {
+        let (path, format) = (disk.path().to_owned(), Some(Format::Qcow2));
+        devices.disk.insert(0, DiskOptions { path, format, ..DiskOptions::default() });
+    }
     let config = MachineConfig {
         name: name.clone(),
         engine,
         vcpus: options.cpus(),
         memory_bytes: options.memory(),
-        kernel: boot.kernel,
-        initrd: boot.initrd,
-        cmdline: boot.cmdline,
+        kernel,
+        initrd,
+        cmdline,
         debug_exit: options.debug_exit.unwrap_or(false),
         no_reboot: options.no_reboot.unwrap_or(false),
         code_cache_bytes: options.code_cache(),
-        devices: options.devices(),
+        devices,
     };
     tracing::info!(?config, "starting");
 
@@ -126,64 +127,6 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         eprintln!();
     }
     Ok(exit_code(outcome, &ending))
-}
-
-/// Kernel, initrd and command line: the user's, or those of the default guest where the user names none.
-fn choose_boot(options: &VmOptions, name: &str, on_terminal: bool) -> Result<Boot, RunError> {
-    if let Some(kernel) = &options.kernel {
-        return Ok(Boot {
-            kernel: kernel.clone(),
-            initrd: options.initrd.clone(),
-            cmdline: options.append.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
-        });
-    }
-    if options.no_default_guest.unwrap_or(false) {
-        use clap::CommandFactory;
-        let text = "no kernel is named: pass --kernel FILE, or leave --no-default-guest out";
-        Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, text).exit();
-    }
-    let guest = berth_guest_image::default_guest(&berth_guest_image::cache_directory()?)?;
-    let term = std::env::var("TERM").ok();
-    let window = on_terminal.then(terminal::size).flatten();
-    Ok(Boot {
-        kernel: guest.kernel,
-        initrd: Some(options.initrd.clone().unwrap_or(guest.initrd)),
-        cmdline: default_guest_cmdline(name, window, term.as_deref(), options.append.as_deref())
-            + console_parameters(options.console.unwrap_or_default()),
-    })
-}
-
-/// What the default guest's kernel must know of a console that is not the serial port. The last one named is the one of
-/// its programs.
-fn console_parameters(console: ConsoleKind) -> &'static str {
-    match console {
-        ConsoleKind::Serial => "",
-        ConsoleKind::Virtio => " console=hvc0",
-    }
-}
-
-/// The default guest's command line: what its kernel and its init take, then what the user adds.
-fn default_guest_cmdline(
-    name: &str,
-    window: Option<(u16, u16)>,
-    term: Option<&str>,
-    append: Option<&str>,
-) -> String {
-    let mut cmdline = format!("{KERNEL_PARAMETERS} berth.name={name}");
-    if let Some((columns, rows)) = window {
-        cmdline.push_str(&format!(" berth.winsize={columns}x{rows}"));
-        // The kernel passes a parameter that it does not know to init as a variable.
-        let plain =
-            |t: &&str| !t.is_empty() && t.chars().all(|c| c.is_ascii_alphanumeric() || "-+_".contains(c));
-        if let Some(term) = term.filter(plain) {
-            cmdline.push_str(&format!(" TERM={term}"));
-        }
-    }
-    if let Some(append) = append {
-        cmdline.push(' ');
-        cmdline.push_str(append);
-    }
-    cmdline
 }
 
 /// What the console's input does to the machine.
@@ -242,31 +185,6 @@ fn exit_code(outcome: Outcome, ending: &shutdown::Ending) -> ExitCode {
         Outcome::Failed(account) => {
             log::message(&format!("the VM cannot go on: {account}"));
             ExitCode::FAILURE
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_default_guests_command_line_ends_with_the_users() {
-        let line = default_guest_cmdline("web", Some((80, 24)), Some("xterm-256color"), Some("loglevel=7"));
-        assert_eq!(
-            line,
-            "console=ttyS0 quiet mitigations=off berth.name=web berth.winsize=80x24 TERM=xterm-256color loglevel=7"
-        );
-        assert_eq!(
-            default_guest_cmdline("web", None, Some("xterm"), None),
-            "console=ttyS0 quiet mitigations=off berth.name=web"
-        );
-    }
-
-    #[test]
-    fn a_strange_term_is_left_out() {
-        for term in ["", "a b", "x\" init=/bin/sh", "a=b"] {
-            assert!(!default_guest_cmdline("web", Some((1, 1)), Some(term), None).contains("TERM"), "{term}");
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use berth_machine::options::{BalloonOptions, DiskOptions, NetOptions, VsockOptions};
 use serde_aux::serde_introspection::serde_introspect;
 use toml::de::DeTable;
 
@@ -11,7 +12,7 @@ use crate::options::VmOptions;
 /// Most bytes of a VM file: far more than anybody writes, far less than a disk that is named by mistake.
 const MAX_FILE: u64 = 1 << 20;
 /// How alike two keys are, 0.0 to 1.0, if one may be meant by the other.
-const ALIKE: f64 = 0.75;
+const ALIKE: f64 = 0.5;
 
 /// Why a VM file is of no use. One line for people.
 #[derive(Debug, thiserror::Error)]
@@ -69,22 +70,46 @@ fn parse(text: &str) -> Result<VmOptions, Fault> {
     let fault = |e: &toml::de::Error| (e.span().unwrap_or_default(), e.message().replace('\n', ", "));
     let table = DeTable::parse(text).map_err(|e| fault(&e))?;
     check_keys(table.get_ref(), serde_introspect::<VmOptions>())?;
-    toml::from_str(text).map_err(|e| {
+    let options: VmOptions = toml::from_str(text).map_err(|e| {
         let (span, reason) = fault(&e);
         let value = text.get(span.clone()).filter(|v| !v.is_empty() && !v.contains('\n'));
         let reason = value.map_or(reason.clone(), |v| format!("{v} is not possible here: {reason}"));
         (span, reason)
-    })
+    })?;
+    // What goes wrong between keys has no one place; the device is named.
+    options.devices().check().map_err(|e| (0..0, e.to_string()))?;
+    Ok(options)
+}
+
+/// The keys of the tables that describe devices.
+fn keys_of_device(name: &str) -> Option<&'static [&'static str]> {
+    match name {
+        "disk" => Some(serde_introspect::<DiskOptions>()),
+        "net" => Some(serde_introspect::<NetOptions>()),
+        "vsock" => Some(serde_introspect::<VsockOptions>()),
+        "balloon" => Some(serde_introspect::<BalloonOptions>()),
+        _ => None,
+    }
 }
 
 /// Refuses keys that are not among `known`, and says which one may be meant.
 fn check_keys(table: &DeTable<'_>, known: &[&str]) -> Result<(), Fault> {
-    for key in table.keys() {
+    for (key, value) in table {
         let name = key.get_ref();
         if known.contains(&name.as_ref()) {
+            if let Some(known) = keys_of_device(name) {
+                let several =
+                    value.get_ref().as_array().into_iter().flatten().filter_map(|v| v.get_ref().as_table());
+                value
+                    .get_ref()
+                    .as_table()
+                    .into_iter()
+                    .chain(several)
+                    .try_for_each(|t| check_keys(t, known))?;
+            }
             continue;
         }
-        let alike = known.iter().map(|k| (strsim::jaro_winkler(k, name), k));
+        let alike = known.iter().map(|k| (strsim::normalized_damerau_levenshtein(k, name), k));
         let hint = match alike.max_by(|a, b| a.0.total_cmp(&b.0)) {
             Some((similarity, nearest)) if similarity >= ALIKE => format!("did you mean {nearest:?}?"),
             _ => format!("possible are {}", known.join(", ")),
@@ -98,6 +123,7 @@ fn check_keys(table: &DeTable<'_>, known: &[&str]) -> Result<(), Fault> {
 mod tests {
     use super::*;
     use crate::options::Engine;
+    use berth_machine::options::ConsoleKind;
 
     fn reason(text: &str) -> String {
         let dir = tempfile::tempdir().unwrap();
@@ -114,6 +140,9 @@ mod tests {
             engine = "soft"
             cpus = 4
             memory = "2G"
+            image = "debian"
+            ephemeral = true
+            no-network = false
             kernel = "vmlinuz"
             initrd = "/boot/initrd"
             append = "quiet"
@@ -121,12 +150,12 @@ mod tests {
             no-reboot = true
             debug-exit = false
             code-cache = "16M"
-            disk = [{ path = "a.img", ro = true }]
-            net = [{ user = true, forward = ["tcp:8080:80"] }]
-            vsock = { path = "v.sock" }
-            balloon = { size = "64M" }
-            rng = true
             console = "virtio"
+            rng = true
+            disk = [{ path = "a.img", ro = true }, { path = "b.qcow2" }]
+            net = [{ user = true, forward = ["tcp:8080:80"] }]
+            vsock = { path = "v.sock", cid = 9 }
+            balloon = { size = "64M" }
         "#;
         let keys = serde_introspect::<VmOptions>();
         assert!(keys.iter().all(|k| text.contains(&format!("{k} = "))), "not all of {keys:?} are tested");
@@ -135,19 +164,22 @@ mod tests {
             engine: Some(Engine::Soft),
             cpus: Some(4),
             memory: Some(2 << 30),
+            image: Some("debian".parse().unwrap()),
+            ephemeral: Some(true),
+            no_network: Some(false),
             kernel: Some("vmlinuz".into()),
             initrd: Some("/boot/initrd".into()),
             append: Some("quiet".to_owned()),
+            disk: vec!["a.img,ro".parse().unwrap(), "b.qcow2".parse().unwrap()],
+            net: vec!["user,forward=tcp:8080:80".parse().unwrap()],
+            vsock: Some("v.sock,cid=9".parse().unwrap()),
+            balloon: Some("64M".parse().unwrap()),
+            rng: Some(true),
+            console: Some(ConsoleKind::Virtio),
             no_default_guest: Some(true),
             no_reboot: Some(true),
             debug_exit: Some(false),
             code_cache: Some(16 << 20),
-            disk: vec!["a.img,ro".parse().unwrap()],
-            net: vec!["user,forward=tcp:8080:80".parse().unwrap()],
-            vsock: Some("v.sock".parse().unwrap()),
-            balloon: Some("64M".parse().unwrap()),
-            rng: Some(true),
-            console: Some("virtio".parse().unwrap()),
         };
         assert_eq!(parse(text), Ok(expected));
         assert_eq!(parse(""), Ok(VmOptions::default()));
@@ -157,8 +189,13 @@ mod tests {
     fn relative_paths_are_those_of_the_files_directory() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vm.toml");
-        std::fs::write(&path, "kernel = 'k'\ninitrd = '/i'\n").unwrap();
+        let text = "kernel = 'k'\ninitrd = '/i'\ndisk = [{ path = 'd' }]\nvsock = { path = 'v' }\n\
+            net = [{ user = true }, { socket = 's' }]";
+        std::fs::write(&path, text).unwrap();
         let options = read(&path).unwrap();
+        assert_eq!(options.disk[0].path, dir.path().join("d"));
+        assert_eq!(options.vsock.unwrap().path, dir.path().join("v"));
+        assert_eq!(options.net[1].socket, Some(dir.path().join("s")));
         assert_eq!(options.kernel, Some(dir.path().join("k")));
         assert_eq!(options.initrd, Some("/i".into()));
     }
@@ -172,6 +209,11 @@ mod tests {
                 "memory = '1G'\nno_reboot = true",
                 "line 2: unknown key \"no_reboot\": did you mean \"no-reboot\"?",
             ),
+            (
+                "[[disk]]\npath = 'a'\nchace = 'none'",
+                "line 3: unknown key \"chace\": did you mean \"cache\"?",
+            ),
+            ("vsock = { path = 'v',\n  cdi = 4 }", "line 2: unknown key \"cdi\": did you mean \"cid\"?"),
             ("[codecache]\nx = 1", "line 1: unknown key \"codecache\": did you mean \"code-cache\"?"),
         ] {
             assert_eq!(reason(text), said);
@@ -191,6 +233,10 @@ mod tests {
             ("engine = 'warp'", 1, "`auto`, `soft`, `kvm`"),
             ("name = '../x'", 1, "begins with a letter"),
             ("no-reboot = 1", 1, "expected a boolean"),
+            ("[[disk]]\npath = 'a'\ncache = 'unsafe'", 3, "`writeback`"),
+            ("[[disk]]\nro = true", 1, "disk: the key path is missing"),
+            ("[vsock]\npath = 'v'\ncid = 1", 1, "vsock: cid: 1"),
+            ("disk = 'a'", 1, "expected"),
             ("name = 'a'\nname = 'b'", 2, "duplicate key"),
             ("name = 'a'\n=", 2, ""),
             ("\"", 1, ""),
@@ -219,7 +265,11 @@ mod tests {
         let page = include_str!("../../../docs/vm-file.md");
         let documented: Vec<&str> =
             page.lines().filter_map(|l| l.strip_prefix("| `")?.split_once('`')).map(|(key, _)| key).collect();
-        assert_eq!(documented, serde_introspect::<VmOptions>());
+        let mut keys = serde_introspect::<VmOptions>().to_vec();
+        for device in ["disk", "net", "vsock", "balloon"] {
+            keys.extend(keys_of_device(device).unwrap());
+        }
+        assert_eq!(documented, keys);
         let example = page.split("```toml\n").nth(1).and_then(|t| t.split("```").next()).unwrap();
         parse(example).unwrap();
     }

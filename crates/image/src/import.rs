@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use berth_disk::Format;
 use berth_guest_image::progress::Progress;
 
 use crate::boot_files::{self, BootFiles};
@@ -12,9 +13,10 @@ use crate::{ImageError, Name};
 
 /// Disks have whole sectors.
 const SECTOR: u64 = 512;
+/// First bytes of a qcow2 disk, which is converted.
+const QCOW2: &[u8] = b"QFI\xfb";
 /// Formats of disks and archives that a guest would see as garbage, by their first bytes.
-const OTHERS: [(&[u8], &str); 8] = [
-    (b"QFI\xfb", "a qcow2 file"),
+const OTHERS: [(&[u8], &str); 7] = [
     (b"KDMV", "a VMDK file"),
     (b"vhdxfile", "a VHDX file"),
     (b"conectix", "a VHD file"),
@@ -27,7 +29,7 @@ const OTHERS: [(&[u8], &str); 8] = [
 /// What to import.
 #[derive(Clone, Debug)]
 pub struct ImportOptions {
-    /// The disk.
+    /// The disk: raw or qcow2, also with backing files.
     pub disk: PathBuf,
     /// The kernel to boot it with; without it the one in the disk.
     pub kernel: Option<PathBuf>,
@@ -46,7 +48,7 @@ impl Images {
     pub fn import(&self, name: &Name, options: &ImportOptions) -> Result<Image, ImageError> {
         let source = &options.disk;
         let mut file = File::open(source).map_err(ImageError::file("open", source))?;
-        check(&mut file, source)?;
+        let format = format(&mut file, source)?;
         let named = match &options.kernel {
             Some(kernel) => Some(BootFiles {
                 release: String::new(),
@@ -60,9 +62,15 @@ impl Images {
         let image = self.create(name, |draft| {
             progress.step(&format!("copying {}", source.display()));
             let disk = draft.disk();
-            let mut copy = File::create_new(&disk).map_err(ImageError::file("create", &disk))?;
-            copy_sparse(&mut file, &mut copy, &progress)
-                .map_err(ImageError::file("copy the disk to", &disk))?;
+            match format {
+                Format::Raw => copy_sparse(&mut file, &disk, &progress)
+                    .map_err(ImageError::file("copy the disk to", &disk))?,
+                Format::Qcow2 => {
+                    berth_disk::convert(source, Some(format), &disk, Format::Raw, |done, size| {
+                        progress.fraction(done as f64 / size as f64);
+                    })?
+                }
+            }
             let boot = match named {
                 Some(files) => files,
                 None => {
@@ -91,12 +99,17 @@ fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
     fs::read(path).map_err(ImageError::file("read", path))
 }
 
-/// Refuses what is no raw disk.
-fn check(file: &mut File, path: &Path) -> Result<(), ImageError> {
+/// The disk's format; refuses what is no disk.
+///
+/// That the content decides is right only here, where it comes from no guest that runs: see [`Format::of_name`].
+fn format(file: &mut File, path: &Path) -> Result<Format, ImageError> {
     let bad = |reason: String| Err(ImageError::NotADisk { path: path.to_owned(), reason });
     let mut head = Vec::new();
     Read::by_ref(file).take(SECTOR).read_to_end(&mut head).map_err(ImageError::file("read", path))?;
     let size = file.seek(SeekFrom::End(0)).map_err(ImageError::file("read", path))?;
+    if head.starts_with(QCOW2) {
+        return Ok(Format::Qcow2);
+    }
     if let Some((_, what)) = OTHERS.iter().find(|(magic, _)| head.starts_with(magic)) {
         return bad(format!(
             "it is {what}: make a raw disk of it first, such as with `qemu-img convert -O raw`"
@@ -107,12 +120,13 @@ fn check(file: &mut File, path: &Path) -> Result<(), ImageError> {
             "a raw disk has whole sectors of {SECTOR} bytes, and this file has {size} bytes"
         ));
     }
-    Ok(())
+    Ok(Format::Raw)
 }
 
 /// Copies a file without its holes, and without its data where the file system can share that.
-fn copy_sparse(from: &mut File, to: &mut File, progress: &Progress) -> std::io::Result<()> {
+fn copy_sparse(from: &mut File, to: &Path, progress: &Progress) -> std::io::Result<()> {
     use rustix::fs::{SeekFrom, ftruncate, ioctl_ficlone, seek};
+    let mut to = File::create_new(to)?;
     // A file system that cannot share data says so.
     if ioctl_ficlone(&to, &from).is_ok() {
         return Ok(());
@@ -130,7 +144,7 @@ fn copy_sparse(from: &mut File, to: &mut File, progress: &Progress) -> std::io::
         let end = seek(&from, SeekFrom::Hole(start))?;
         seek(&from, SeekFrom::Start(start))?;
         seek(&to, SeekFrom::Start(start))?;
-        let copied = std::io::copy(&mut from.by_ref().take(end.saturating_sub(start)), to)?;
+        let copied = std::io::copy(&mut from.by_ref().take(end.saturating_sub(start)), &mut to)?;
         if copied == 0 {
             return Err(std::io::Error::other("the file becomes shorter while it is copied"));
         }
@@ -143,6 +157,7 @@ fn copy_sparse(from: &mut File, to: &mut File, progress: &Progress) -> std::io::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_disk::CreateOptions;
     use std::os::unix::fs::{FileExt, MetadataExt};
 
     struct Setup {
@@ -189,11 +204,24 @@ mod tests {
     }
 
     #[test]
+    fn a_qcow2_disk_is_converted_with_what_it_is_on_top_of() {
+        let setup = Setup::new();
+        let base = setup.file("base", &[7; 65536]);
+        let top = setup.dir.path().join("top");
+        let backing = Some((base, Format::Raw));
+        berth_disk::create(&CreateOptions { path: top.clone(), format: Format::Qcow2, size: None, backing })
+            .unwrap();
+        let image = setup.import(&top, Some(setup.file("kernel", b"k"))).unwrap();
+        assert!(fs::read(image.disk()).unwrap() == [7; 65536]);
+    }
+
+    #[test]
     fn files_that_are_no_disks_are_refused() {
         let setup = Setup::new();
         for (content, said) in [
             (&b""[..], "0 bytes"),
             (&[0; 513], "513 bytes"),
+            (b"QFI\xfb", "qcow2"),
             (&[&b"KDMV"[..], &[0; 508]].concat(), "VMDK"),
             (&[&b"\xfd7zXZ"[..], &[0; 507]].concat(), "xz"),
         ] {

@@ -7,12 +7,12 @@
 //!   DATA/images/NAME/image.toml    what the image is, with checksums
 //!                    disk.raw      the root disk, read-only
 //!                    kernel        what Berth boots; initrd if there is one
-//!   DATA/images/.lock              held while an image appears or goes away
+//!   DATA/images/.lock              held while an image appears, is taken into use or goes away
 //! ```
 //! A directory appears under its name only when it is complete: it is made as a hidden one beside it
 //! (module `scratch`). What a build leaves that was killed, the next one removes.
 //!
-//! An image does not change once it is there, because disks of VMs are written on top of it.
+//! An image does not change once it is there, because disks of VMs are written on top of it (module `vm_disk`).
 
 mod boot_files;
 mod debian;
@@ -20,6 +20,7 @@ mod import;
 mod name;
 mod scratch;
 mod store;
+mod vm_disk;
 
 use std::ffi::OsString;
 use std::io;
@@ -29,6 +30,7 @@ pub use debian::{DEFAULT_SUITE, DebianOptions, MIN_SIZE};
 pub use import::ImportOptions;
 pub use name::{Name, NameError};
 pub use store::{Image, Images, Manifest};
+pub use vm_disk::VmDisk;
 
 /// Why there is no image. One line for people that says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +123,42 @@ pub enum ImageError {
         /// What the name would be.
         what: String,
     },
+    /// Disks are on top of the image.
+    #[error("image {name} is in use by {}{}", users.join(", "), removal(users))]
+    InUse {
+        /// The image.
+        name: Name,
+        /// The VMs, for people.
+        users: Vec<String>,
+    },
+    /// No such VM.
+    #[error("there is no VM {name} with a disk{}", there_are(existing))]
+    UnknownVm {
+        /// What was asked for.
+        name: Name,
+        /// What there is.
+        existing: Vec<Name>,
+    },
+    /// The VM's disk is in use.
+    #[error("a VM {name} is running: choose another --name, or end it first")]
+    VmRuns {
+        /// The VM.
+        name: Name,
+    },
+    /// The VM's disk is on top of another image.
+    #[error(
+        "the disk of the VM {vm} was started from another image {image}: remove the VM with `berth rm {vm}`, or choose \
+         another --name"
+    )]
+    OtherImage {
+        /// The VM.
+        vm: Name,
+        /// The image's name.
+        image: Name,
+    },
+    /// A disk file.
+    #[error(transparent)]
+    Disk(#[from] berth_disk::DiskError),
     /// There is nowhere to keep images.
     #[error("there is no place for images: set XDG_DATA_HOME or HOME")]
     NoDataDirectory,
@@ -147,10 +185,28 @@ impl ImageError {
 
 fn hint(existing: &[Name]) -> String {
     if existing.is_empty() {
-        return "make one with `berth image build debian`".to_owned();
+        "make one with `berth image build debian`".to_owned()
+    } else {
+        format!("there is {}", join(existing))
     }
-    let names: Vec<&str> = existing.iter().map(Name::as_str).collect();
-    format!("there is {}", names.join(", "))
+}
+
+fn there_are(existing: &[Name]) -> String {
+    if existing.is_empty() { String::new() } else { format!(": there is {}", join(existing)) }
+}
+
+fn join(names: &[Name]) -> String {
+    names.iter().map(Name::as_str).collect::<Vec<_>>().join(", ")
+}
+
+/// How VMs are removed that have a name.
+fn removal(users: &[String]) -> String {
+    let named: Vec<&str> = users.iter().map(String::as_str).filter(|u| !u.contains(' ')).collect();
+    if named.is_empty() {
+        String::new()
+    } else {
+        format!(": remove them first, with `berth rm {}`", named.join(" "))
+    }
 }
 
 /// Where Berth keeps what must not be lost: `$XDG_DATA_HOME/berth`, else `$HOME/.local/share/berth` (XDG Base

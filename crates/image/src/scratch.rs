@@ -2,6 +2,7 @@
 //! next one is made after their owner was killed.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
@@ -27,11 +28,14 @@ impl Scratch {
         sweep(parent);
         let directory = tempfile::Builder::new()
             .prefix(PREFIX)
+            .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(parent)
             .map_err(ImageError::file("make a directory in", parent))?;
-        let path = directory.path().join(LOCK);
-        let lock = File::create(&path).map_err(ImageError::file("create", &path))?;
-        lock.lock().map_err(ImageError::file("lock", &path))?;
+        // The file gets its name when it is locked: before that nobody may take it for one without an owner.
+        let (path, new) = (directory.path().join(LOCK), directory.path().join("lock.new"));
+        let lock = File::create(&new).map_err(ImageError::file("create", &new))?;
+        lock.lock().map_err(ImageError::file("lock", &new))?;
+        fs::rename(&new, &path).map_err(ImageError::file("put in place", &path))?;
         Ok(Self { directory, _lock: lock })
     }
 
@@ -58,7 +62,7 @@ pub fn all(parent: &Path) -> Vec<PathBuf> {
 }
 
 /// Removes the scratch directories whose owners are gone.
-fn sweep(parent: &Path) {
+pub fn sweep(parent: &Path) {
     for directory in all(parent) {
         // One without a lock file was made a moment ago, or is being removed.
         let Ok(lock) = File::open(directory.join(LOCK)) else { continue };
@@ -80,6 +84,8 @@ mod tests {
         let two = Scratch::new(parent.path()).unwrap();
         fs::write(one.path().join("file"), b"").unwrap();
         assert_eq!(all(parent.path()).len(), 2);
+        // Others have no business in it, whatever the user's umask.
+        assert_eq!(fs::metadata(one.path()).unwrap().permissions().mode() & 0o777, 0o700);
         drop(one);
         assert_eq!(all(parent.path()), [two.path().to_owned()]);
     }

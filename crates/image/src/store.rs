@@ -153,12 +153,13 @@ fn seal(path: &Path) -> Result<FileRecord, ImageError> {
 /// The images of a user.
 pub struct Images {
     root: PathBuf,
+    vms: PathBuf,
 }
 
 impl Images {
     /// Those in the data directory `data` (see [`crate::data_directory`]).
     pub fn new(data: &Path) -> Self {
-        Self { root: data.join("images") }
+        Self { root: data.join("images"), vms: data.join("vms") }
     }
 
     /// Names of all images, sorted.
@@ -223,15 +224,19 @@ impl Images {
         self.describe(name)
     }
 
-    /// Removes the image `name`; nobody may use it any more.
+    /// Removes the image `name`.
     ///
     /// # Errors
-    /// [`ImageError::Unknown`], [`ImageError::File`].
+    /// [`ImageError::Unknown`], [`ImageError::InUse`], [`ImageError::File`].
     pub fn remove(&self, name: &Name) -> Result<(), ImageError> {
         let _lock = self.lock()?;
         let directory = self.directory(name);
         if !directory.exists() {
             return Err(ImageError::Unknown { name: name.clone(), existing: self.names() });
+        }
+        let users = self.users(name);
+        if !users.is_empty() {
+            return Err(ImageError::InUse { name: name.clone(), users });
         }
         // Its name goes first, so that nobody finds half an image.
         let scratch = Scratch::new(&self.root)?;
@@ -248,8 +253,13 @@ impl Images {
         self.root.join(name.as_str())
     }
 
-    /// Waits until this process alone lets images appear or go away. The lock ends with the file.
-    fn lock(&self) -> Result<File, ImageError> {
+    /// Where the disks of VMs are kept.
+    pub(crate) fn vms(&self) -> &Path {
+        &self.vms
+    }
+
+    /// Waits until this process alone lets images appear, go away or be used. The lock ends with the file.
+    pub(crate) fn lock(&self) -> Result<File, ImageError> {
         fs::create_dir_all(&self.root).map_err(ImageError::file("make the directory", &self.root))?;
         let path = self.root.join(LOCK);
         let file = File::create(&path).map_err(ImageError::file("create", &path))?;

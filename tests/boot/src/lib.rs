@@ -8,11 +8,13 @@
 //! own. A test that this host cannot do prints a line that begins with `skipped:` and passes.
 
 mod berth;
+mod console;
 mod guest;
 mod initrd;
 mod programs;
 
 pub use berth::{BuildError, berth};
+pub use console::Console;
 pub use guest::{Ended, Guest, GuestError};
 pub use initrd::{InitrdError, initrd_with};
 pub use programs::{PROGRAMS, ProgramError, compile_all};

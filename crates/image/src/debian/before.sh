@@ -10,4 +10,4 @@ EOF
 # An initrd with what a VM needs and no more: it is loaded at each boot.
 mkdir -p "$root/etc/initramfs-tools/conf.d" "$root/usr/share/initramfs-tools/modules.d"
 printf 'MODULES=list\nCOMPRESS=gzip\n' >"$root/etc/initramfs-tools/conf.d/berth"
-printf '%s\n' virtio_pci virtio_blk ext4 >"$root/usr/share/initramfs-tools/modules.d/berth"
+printf '%s\n' virtio_pci virtio_blk virtio_console ext4 >"$root/usr/share/initramfs-tools/modules.d/berth"

@@ -10,6 +10,11 @@ exec 9<&0 </dev/null
 # The consoles are the owner's: root logs in there without a password. Others (such as sshd) refuse empty ones.
 chroot "$root" passwd --quiet --delete root
 
+# A virtio console may appear when systemd has looked for consoles already.
+cat >"$root/etc/udev/rules.d/80-hvc0.rules" <<EOF
+SUBSYSTEM=="tty", KERNEL=="hvc0", ENV{SYSTEMD_WANTS}+="serial-getty@hvc0.service"
+EOF
+
 printf '%s\n' "$hostname" >"$root/etc/hostname"
 cat >"$root/etc/hosts" <<EOF
 127.0.0.1 localhost
