@@ -1,9 +1,11 @@
-//! What the fuzz targets for the loaders share.
+//! What the fuzz targets share: here the loaders, in [`virtio`] the devices.
 //!
-//! Run one with `cargo +nightly fuzz run bzimage` (or `elf`, `multiboot`) in the repository's root. Each target
+//! Run one with `cargo +nightly fuzz run bzimage` (or `elf`, `multiboot`, `virtio`) in the repository's root. Each target
 //! puts the magic numbers of its format into the input, so that the fuzzer need not find them, and loads the
 //! result. The input is the kernel; its last bytes are the initrd. A finding is a panic, a hang, or memory use
 //! without bound: every other answer is right.
+
+pub mod virtio;
 
 use std::io::Cursor;
 use std::sync::LazyLock;

@@ -2,7 +2,7 @@
 
 mod bench;
 mod cargo;
-mod fuzz_loaders;
+mod fuzz;
 mod isa;
 mod prepush;
 mod test;
@@ -26,8 +26,8 @@ enum Chore {
     Bench(bench::BenchArguments),
     /// What CI checks: formatting, lints, tests.
     Prepush,
-    /// The fuzz targets of the kernel loaders, for a short time each.
-    FuzzLoaders(fuzz_loaders::LoaderArguments),
+    /// The fuzz targets of kernel loaders and virtio devices, for a short time each.
+    Fuzz(fuzz::FuzzArguments),
     /// Random machine code on the soft engine, compared with the CPU itself.
     FuzzIsa(isa::FuzzArguments),
     /// One case of the machine-code tests, as a failure names it.
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
         Chore::Test(arguments) => test::run(&arguments),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Prepush => prepush::run(),
-        Chore::FuzzLoaders(arguments) => fuzz_loaders::run(&arguments),
+        Chore::Fuzz(arguments) => fuzz::run(&arguments),
         Chore::FuzzIsa(arguments) => isa::fuzz(&arguments),
         Chore::IsaCase(arguments) => isa::case(&arguments),
         Chore::IsaExcluded => {

@@ -111,6 +111,18 @@ impl Guest {
         }
     }
 
+    /// Number of the process.
+    pub fn process(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What the console shows from now on, as far as it is there already.
+    pub fn new_lines(&mut self) -> Vec<String> {
+        let lines: Vec<String> = self.lines.try_iter().collect();
+        self.seen.extend(lines.iter().cloned());
+        lines
+    }
+
     /// Sends a signal to the process.
     ///
     /// # Errors

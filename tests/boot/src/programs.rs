@@ -23,6 +23,9 @@ const FLAGS_32: [&str; 8] = [
 pub const PROGRAMS: [&str; 10] =
     ["vector", "x87", "strings", "signals", "threads", "mappings", "code", "processes", "timers", "ia32"];
 
+/// Names of programs that tests of devices run with arguments.
+const DEVICE_PROGRAMS: [&str; 2] = ["writer", "vsock"];
+
 /// Why there is no program.
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramError {
@@ -54,7 +57,7 @@ pub enum ProgramError {
 /// Any [`ProgramError`].
 pub fn compile_all(directory: &Path) -> Result<Vec<(&'static str, Vec<u8>)>, ProgramError> {
     fs::create_dir_all(directory).map_err(file("create", directory))?;
-    PROGRAMS.into_iter().map(|name| Ok((name, compile(name, directory)?))).collect()
+    PROGRAMS.into_iter().chain(DEVICE_PROGRAMS).map(|name| Ok((name, compile(name, directory)?))).collect()
 }
 
 fn compile(name: &'static str, directory: &Path) -> Result<Vec<u8>, ProgramError> {

@@ -43,5 +43,7 @@ pub use dma::Dma;
 pub use pci::{PciWiring, VirtioPci, VirtioPciError, VirtioPciState};
 pub use queue::Virtqueue;
 
+#[cfg(any(test, feature = "test-driver"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;

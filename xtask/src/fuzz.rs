@@ -1,4 +1,4 @@
-//! A short run of the fuzz targets for the kernel loaders, with the stable compiler and without cargo-fuzz.
+//! A short run of the fuzz targets for kernel loaders and virtio devices, with the stable compiler and without cargo-fuzz.
 //!
 //! `libfuzzer-sys` brings libFuzzer itself; what cargo-fuzz adds for coverage is a handful of compiler flags,
 //! all of them stable. The address sanitizer is not: for that, `cargo +nightly fuzz run TARGET`. Both use the
@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::cargo;
 
-const TARGETS: [&str; 3] = ["bzimage", "elf", "multiboot"];
+const TARGETS: [&str; 4] = ["bzimage", "elf", "multiboot", "virtio"];
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
 /// Coverage that guides libFuzzer, and checks that a release build leaves out.
@@ -22,9 +22,12 @@ const FLAGS: &str = "--cfg fuzzing -C passes=sancov-module \
     -C llvm-args=-sanitizer-coverage-trace-compares \
     -C codegen-units=1 -C debug-assertions -C overflow-checks";
 
-/// Arguments of `fuzz-loaders`.
+/// Arguments of `fuzz`.
 #[derive(Args)]
-pub struct LoaderArguments {
+pub struct FuzzArguments {
+    /// Only this target.
+    #[arg(value_parser = TARGETS)]
+    target: Option<String>,
     /// How long each target runs, in seconds.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
@@ -33,13 +36,14 @@ pub struct LoaderArguments {
     seed: Option<u32>,
 }
 
-/// `fuzz-loaders`.
+/// `fuzz`.
 ///
 /// # Errors
 /// A text that names the target that found something, or could not be built or run.
-pub fn run(arguments: &LoaderArguments) -> Result<(), String> {
+pub fn run(arguments: &FuzzArguments) -> Result<(), String> {
     let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("fuzz");
-    for target in TARGETS {
+    let wanted = |target: &&str| arguments.target.as_deref().is_none_or(|wanted| wanted == *target);
+    for target in TARGETS.into_iter().filter(wanted) {
         let [corpus, artifacts] = ["corpus", "artifacts"].map(|kind| fuzz.join(kind).join(target));
         for directory in [&corpus, &artifacts] {
             fs::create_dir_all(directory).map_err(|e| format!("cannot make {}: {e}", directory.display()))?;
