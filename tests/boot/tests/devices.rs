@@ -90,7 +90,7 @@ fn killed_while_writing(name: &str, options: &str, kills: usize) {
     let disk = directory.path().join(name);
     let path = disk.to_str().unwrap();
     run(&setup.berth, &["disk", "create", path, "4M"]);
-    let mut next = 0;
+    let mut next = 0_u64;
     for kill in 0..kills {
         let command = format!("/tests/writer /dev/vda {next}");
         let mut guest = start(&setup, &["--disk", &format!("{path}{options}")], &command);

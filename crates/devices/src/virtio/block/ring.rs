@@ -62,6 +62,11 @@ impl<T> Ring<T> {
         self.slots.len() - self.free.len()
     }
 
+    /// Whether the kernel did not take all requests yet: [`Self::submit`] again.
+    pub fn is_behind(&self) -> bool {
+        self.waiting > 0
+    }
+
     /// Whether nothing is being done.
     pub fn is_idle(&self) -> bool {
         self.free.len() == self.slots.len()

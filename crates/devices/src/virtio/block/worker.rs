@@ -134,6 +134,9 @@ impl QueueWorker {
         }
         if let Some(ring) = &mut self.ring {
             ring.submit()?;
+            if ring.is_behind() {
+                queue.ring();
+            }
         }
         // What was in the page cache is done already.
         if self.answer_done() && full {

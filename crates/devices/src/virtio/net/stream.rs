@@ -1,14 +1,17 @@
 //! A Unix stream socket with Ethernet packets, each after its length in 4 bytes, big-endian: the protocol of QEMU's
 //! `-netdev stream`, which passt speaks.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
 
 use parking_lot::Mutex;
+use tracing::debug;
 use virtio_bindings::bindings::virtio_net as ids;
 
 use super::port::{Cable, HEADER, MAX_PACKET, Port};
@@ -50,6 +53,18 @@ pub struct Stream {
     socket: UnixStream,
     passt: Mutex<Option<Child>>,
     mtu: Option<u16>,
+    /// Of the connection, whichever driver uses it.
+    buffers: Arc<Mutex<StreamBuffers>>,
+}
+
+/// What is under way.
+#[derive(Default)]
+struct StreamBuffers {
+    /// What was read; the first `taken` bytes of it went to the guest.
+    input: Vec<u8>,
+    taken: usize,
+    /// What the socket did not take.
+    output: Vec<u8>,
 }
 
 impl Stream {
@@ -94,7 +109,15 @@ impl Stream {
             let said = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ");
             return Err(StreamError::Ended(status, said));
         }
-        Ok(Self { socket, passt: Mutex::new(Some(child)), mtu: Some(PASST_MTU) })
+        if let Some(stderr) = child.stderr.take() {
+            // Read, or passt would wait for it some day. Without a thread it is closed instead.
+            let _ = thread::Builder::new().name("passt".to_owned()).spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    debug!("passt: {line}");
+                }
+            });
+        }
+        Ok(Self { socket, passt: Mutex::new(Some(child)), mtu: Some(PASST_MTU), buffers: Arc::default() })
     }
 
     /// Connects to a program that listens at `path`.
@@ -104,7 +127,7 @@ impl Stream {
     pub fn connect(path: &Path) -> Result<Self, StreamError> {
         let socket = UnixStream::connect(path)
             .map_err(|source| StreamError::Connect { path: path.display().to_string(), source })?;
-        Ok(Self { socket, passt: Mutex::new(None), mtu: None })
+        Ok(Self { socket, passt: Mutex::new(None), mtu: None, buffers: Arc::default() })
     }
 }
 
@@ -144,8 +167,7 @@ impl Cable for Stream {
     fn port(&self, _index: u16) -> io::Result<Box<dyn Port>> {
         let socket = self.socket.try_clone()?;
         socket.set_nonblocking(true)?;
-        let (input, output) = (Vec::with_capacity(BUFFER), Vec::new());
-        Ok(Box::new(StreamPort { socket, input, taken: 0, output, checked: false }))
+        Ok(Box::new(StreamPort { socket, buffers: self.buffers.clone(), checked: false }))
     }
 
     fn mtu(&self) -> Option<u16> {
@@ -155,16 +177,13 @@ impl Cable for Stream {
 
 struct StreamPort {
     socket: UnixStream,
-    /// What was read; the first `taken` bytes of it went to the guest.
-    input: Vec<u8>,
-    taken: usize,
-    /// What the socket did not take.
-    output: Vec<u8>,
+    /// Only this port uses them, as long as it lives.
+    buffers: Arc<Mutex<StreamBuffers>>,
     /// The driver knows of checked checksums.
     checked: bool,
 }
 
-impl StreamPort {
+impl StreamBuffers {
     /// The next whole packet of what was read.
     fn packet(&self) -> io::Result<Option<std::ops::Range<usize>>> {
         let rest = &self.input[self.taken..];
@@ -178,13 +197,13 @@ impl StreamPort {
     }
 
     /// Reads more; `false` when there is nothing now.
-    fn fill(&mut self) -> io::Result<bool> {
+    fn fill(&mut self, mut socket: &UnixStream) -> io::Result<bool> {
         self.input.drain(..self.taken);
         self.taken = 0;
         let old = self.input.len();
         self.input.resize(BUFFER, 0);
         let result = loop {
-            match self.socket.read(&mut self.input[old..]) {
+            match socket.read(&mut self.input[old..]) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 result => break result,
             }
@@ -231,23 +250,25 @@ impl Port for StreamPort {
         };
         if sent < LENGTH + len as usize {
             // The rest of a packet must follow, or the stream makes no sense any more.
-            self.output.extend(length.iter().skip(sent));
+            let mut buffers = self.buffers.lock();
+            buffers.output.extend(length.iter().skip(sent));
             packet.take(sent.saturating_sub(LENGTH) as u64);
             let mut rest = vec![0; packet.len() as usize];
             packet.read(dma, &mut rest);
-            self.output.extend(rest);
+            buffers.output.extend(rest);
         }
         Ok(())
     }
 
     fn can_send(&self) -> bool {
-        self.output.is_empty()
+        self.buffers.lock().output.is_empty()
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        while !self.output.is_empty() {
-            match self.socket.write(&self.output) {
-                Ok(n) => drop(self.output.drain(..n)),
+        let output = &mut self.buffers.lock().output;
+        while !output.is_empty() {
+            match self.socket.write(output) {
+                Ok(n) => drop(output.drain(..n)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => return Err(e),
@@ -257,19 +278,20 @@ impl Port for StreamPort {
     }
 
     fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<u64>> {
+        let mut buffers = self.buffers.lock();
         let range = loop {
-            match self.packet()? {
+            match buffers.packet()? {
                 Some(range) => break range,
-                None if self.fill()? => {}
+                None if buffers.fill(&self.socket)? => {}
                 None => return Ok(None),
             }
         };
-        self.taken = range.end;
+        buffers.taken = range.end;
         let mut header = [0; HEADER];
         // It came from a program of this host.
         header[0] = if self.checked { DATA_VALID } else { 0 };
         let mut room = room.clone();
-        let written = room.write(dma, &header) + room.write(dma, &self.input[range]);
+        let written = room.write(dma, &header) + room.write(dma, &buffers.input[range]);
         Ok(Some(written as u64))
     }
 }

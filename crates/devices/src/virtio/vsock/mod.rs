@@ -11,8 +11,8 @@ mod muxer;
 mod packet;
 
 use std::io;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
@@ -35,7 +35,8 @@ const BATCH: usize = 64;
 pub struct Vsock {
     cid: u32,
     path: PathBuf,
-    listener: UnixListener,
+    /// The connections live on while the device pauses.
+    muxer: Arc<Mutex<Muxer>>,
     thread_name: String,
     worker: Mutex<Option<Worker>>,
 }
@@ -47,8 +48,8 @@ impl Vsock {
     /// # Errors
     /// What the host says; `AddrInUse` when another process listens there.
     pub fn new(cid: u32, path: &Path, thread_name: String) -> io::Result<Self> {
-        let listener = listen(path)?;
-        Ok(Self { cid, path: path.to_owned(), listener, thread_name, worker: Mutex::new(None) })
+        let muxer = Arc::new(Mutex::new(Muxer::new(cid.into(), path, listen(path)?)));
+        Ok(Self { cid, path: path.to_owned(), muxer, thread_name, worker: Mutex::new(None) })
     }
 }
 
@@ -82,9 +83,10 @@ impl VirtioDevice for Vsock {
         else {
             return Ok(());
         };
-        let muxer = Muxer::new(self.cid.into(), &self.path, self.listener.try_clone()?);
-        let worker =
-            Worker::spawn(self.thread_name.clone(), move |poll| serve(&poll, muxer, &receive, &transmit))?;
+        let muxer = self.muxer.clone();
+        let worker = Worker::spawn(self.thread_name.clone(), move |poll| {
+            serve(&poll, &mut muxer.lock(), &receive, &transmit)
+        })?;
         *self.worker.lock() = Some(worker);
         Ok(())
     }
@@ -92,12 +94,17 @@ impl VirtioDevice for Vsock {
     fn stop(&self) {
         *self.worker.lock() = None;
     }
+
+    fn reset(&self) {
+        self.muxer.lock().clear();
+    }
 }
 
-fn serve(poll: &Poll, mut muxer: Muxer, receive: &Virtqueue, transmit: &Virtqueue) -> io::Result<()> {
+fn serve(poll: &Poll, muxer: &mut Muxer, receive: &Virtqueue, transmit: &Virtqueue) -> io::Result<()> {
     poll.add(receive.doorbell(), RECEIVE_TOKEN)?;
     poll.add(transmit.doorbell(), TRANSMIT_TOKEN)?;
     poll.add(muxer.listener_fd(), LISTENER)?;
+    muxer.attach(poll);
     let mut data = vec![0; MAX_DATA];
     while let Some(events) = poll.wait(None)? {
         for (token, ready) in events {
@@ -117,7 +124,7 @@ fn serve(poll: &Poll, mut muxer: Muxer, receive: &Virtqueue, transmit: &Virtqueu
                 connection => muxer.ready(connection, ready),
             }
         }
-        deliver(&mut muxer, receive, &mut data);
+        deliver(muxer, receive, &mut data);
     }
     Ok(())
 }

@@ -27,6 +27,14 @@ pub const MAX_DATA: usize = 64 << 10;
 /// The token of the listening socket; those of connections are below.
 pub const LISTENER: u64 = 1 << 40;
 
+/// What is waited for. Edge-triggered: what is there is remembered in `readable`, and asked for when the guest has room.
+const EVENTS: EventSet = EventSet::from_bits_truncate(
+    EventSet::IN.bits()
+        | EventSet::OUT.bits()
+        | EventSet::READ_HANG_UP.bits()
+        | EventSet::EDGE_TRIGGERED.bits(),
+);
+
 /// A connection's name: the host's port, then the guest's. One that does not know its guest's port yet has 0 there, which
 /// is no port.
 type Key = (u32, u32);
@@ -67,6 +75,27 @@ impl Muxer {
         self.listener.as_raw_fd()
     }
 
+    /// Goes on with the connections that there are, after a pause.
+    pub fn attach(&mut self, poll: &Poll) {
+        let failed: Vec<u64> = self
+            .connections
+            .iter()
+            .filter(|(token, (_, c))| poll.add_for(c.stream.as_raw_fd(), **token, EVENTS).is_err())
+            .map(|(&token, _)| token)
+            .collect();
+        for token in failed {
+            self.close(token, true);
+        }
+    }
+
+    /// Ends all connections: the guest has forgotten them.
+    pub fn clear(&mut self) {
+        self.connections.clear();
+        self.tokens.clear();
+        self.answers.clear();
+        self.readable.clear();
+    }
+
     /// A host program connects.
     pub fn accept(&mut self, poll: &Poll) {
         // The listener does not block: at most what waits now.
@@ -95,9 +124,7 @@ impl Muxer {
         let token = self.next_token;
         self.next_token += 1;
         let fd = connection.stream.as_raw_fd();
-        // Edge-triggered: what is there is remembered in `readable`, and asked for when the guest has room.
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        if let Err(e) = poll.add_for(fd, token, events) {
+        if let Err(e) = poll.add_for(fd, token, EVENTS) {
             debug!("a connection is refused: {e}");
             if key.1 != 0 {
                 self.reset(key);
