@@ -148,6 +148,7 @@ impl Cpu {
             asm: Asm::default(),
         };
         cpu.initialize_first_level();
+        cpu.empty_call_stack();
         cpu.set_architectural(&CpuState::reset());
         cpu
     }

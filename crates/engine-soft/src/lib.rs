@@ -65,12 +65,14 @@ pub(crate) struct DebugFlags {
     pub no_tlb: bool,
     /// `noslots`: every memory access searches the TLB.
     pub no_slots: bool,
+    /// `nocalls`: calls and returns are jumps.
+    pub no_calls: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
 }
 
 impl DebugFlags {
-    const KNOWN: &str = "nochain, notlb, noslots and notrim";
+    const KNOWN: &str = "nochain, notlb, noslots, nocalls and notrim";
 
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
@@ -80,6 +82,7 @@ impl DebugFlags {
                 "nochain" => flags.no_chain = true,
                 "notlb" => flags.no_tlb = true,
                 "noslots" => flags.no_slots = true,
+                "nocalls" => flags.no_calls = true,
                 "notrim" => flags.no_trim = true,
                 other => {
                     tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are {}", Self::KNOWN)

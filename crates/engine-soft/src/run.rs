@@ -193,12 +193,13 @@ impl Cpu {
         self.is_alone = false;
     }
 
-    /// After an eviction every address in the jump cache is stale.
+    /// After an eviction every address in the jump cache and on the call stack is stale.
     fn notice_eviction(&mut self) {
         let epoch = self.vm.cache.epoch();
         if self.epoch != epoch {
             self.epoch = epoch;
             self.pending_link = None;
+            self.empty_call_stack();
             for entry in &mut self.s.jump_cache {
                 entry.key = 0;
             }

@@ -8,6 +8,7 @@
 use berth_cpu::bits::{cr0, rflags};
 use berth_cpu::{Segment, TableRegister};
 
+use crate::code::calls::CallStack;
 use crate::memory::slots::Slots;
 use crate::memory::tlb::Tlb;
 use crate::mode::Mode;
@@ -106,6 +107,8 @@ pub struct State {
     pub tlb: Tlb,
     /// The slots of memory accesses.
     pub slots: Slots,
+    /// The host's stack while translated code runs.
+    pub calls: CallStack,
     /// The jump cache, by hash of the virtual address.
     pub jump_cache: [JumpCacheEntry; JUMP_CACHE_ENTRIES],
 

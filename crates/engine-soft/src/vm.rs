@@ -15,7 +15,7 @@ use crate::code::cache::CodeCache;
 use crate::exec::features::FeatureSet;
 use crate::exec::pv::PvShared;
 use crate::memory::HostMap;
-use crate::memory::slots::Slotless;
+use crate::memory::slots::{SlotNumbers, Slotless};
 use crate::shared::{VcpuShared, request};
 
 /// The shared part of a VM on the soft engine.
@@ -38,8 +38,8 @@ pub struct Vm {
     /// Which pages hold translated code.
     pub code_pages: CodePages,
     pub(crate) cache: CodeCache,
-    /// Number of the slot that the next translated memory access gets, to be reduced to their number.
-    pub(crate) next_slot: AtomicU32,
+    /// Slots for the memory accesses that are translated next.
+    pub(crate) slot_numbers: SlotNumbers,
     /// Memory accesses that get none.
     pub(crate) slotless: Slotless,
     list: RwLock<Vec<Arc<VcpuShared>>>,
@@ -71,7 +71,7 @@ impl Vm {
             code_pages: CodePages::new(&memory),
             cache: CodeCache::new(options.code_cache_bytes)
                 .map_err(|source| EngineError::Host { what: "memory for the code cache", source })?,
-            next_slot: AtomicU32::new(0),
+            slot_numbers: SlotNumbers::default(),
             slotless: Slotless::new(),
             list: RwLock::new(Vec::new()),
             execution: RwLock::new(()),

@@ -86,6 +86,11 @@ fn forms_without_slots() {
 }
 
 #[test]
+fn sequences_without_paired_calls() {
+    again_with("nocalls", "sequences_of_64_bit_code");
+}
+
+#[test]
 fn sequences_without_tlb() {
     again_with("nochain,notlb", "sequences_of_64_bit_code");
 }

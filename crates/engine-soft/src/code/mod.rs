@@ -10,6 +10,7 @@
 pub(crate) mod asm;
 pub(crate) mod block;
 pub(crate) mod cache;
+pub mod calls;
 pub(crate) mod memory;
 pub(crate) mod regs;
 pub(crate) mod signal;

@@ -24,6 +24,10 @@ pub(crate) struct Stubs {
     pub exit_lookup_r10: u64,
     /// Jump: looks for r10 in the second place of the jump cache, else as `exit_lookup_r10`.
     pub second_lookup: u64,
+    /// Where a return on the empty call stack leads; r10 is the guest's target.
+    pub empty_return: u64,
+    /// Jump from a continuation that r10 does not lead to: empties the call stack and looks r10 up.
+    pub other_return: u64,
     /// Call: exit with [`reason::LINK`]; the guest's flags are in the state block.
     pub link_memory: u64,
     /// The same with the guest's flags in the host's flags.
@@ -120,6 +124,29 @@ pub(crate) fn jump_cache_offset(field: usize) -> i32 {
     gs!(jump_cache) + field as i32
 }
 
+/// Jumps to r10 by the first of the two entries that may have it, else goes on after this code.
+fn emit_first_lookup(a: &mut Asm) {
+    let (absent, restore) = (a.label(), a.label());
+    a.mov(R11, R10);
+    a.shr(true, R11, 12);
+    a.reg(false, &[0x33], R11, R10); // xor
+    a.alu_imm(false, 4, R11, (JUMP_CACHE_ENTRIES - 1) as i32);
+    a.shl(false, R11, size_of::<JumpCacheEntry>().trailing_zeros() as u8);
+    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.jcc(cc::NE, absent);
+    a.load(R10, Mem::Gs(gs!(jump_key)));
+    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(KEY)));
+    a.jcc(cc::NE, restore);
+    // The poll, as a test, because RIP is not known when this is assembled.
+    a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
+    a.bytes(&[0]);
+    a.jcc(cc::E, restore);
+    a.mem(&[], false, &[0xff], 4, Mem::GsBase(R11, jump_cache_offset(ENTRY)));
+    a.bind(restore);
+    a.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.bind(absent);
+}
+
 /// Jumps to r10 by the second of the two entries that may have it; leaves to the run loop if it has not.
 fn emit_second_lookup(a: &mut Asm, absent_r10: Label) {
     let other_key = a.label();
@@ -153,6 +180,7 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     );
     let slot = slot_offset(table, 0);
     let misses = gs!(slots.misses) + (table.index() * SLOTS * size_of::<u16>()) as i32;
+    let pages = gs!(slots.pages) + (table.index() * TLB_ENTRIES) as i32;
     let used = gs!(slots.used) + (table.index() * (SLOTS * size_of::<Slot>() >> GROUP_SHIFT)) as i32;
     let absent = a.label();
     for reg in [RAX, RCX, RDX] {
@@ -179,10 +207,15 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     a.jcc(cc::A, absent);
     a.load(R11, Mem::GsBase(RCX, tag));
     a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, tag) as i32), R11);
-    a.load(RCX, Mem::GsBase(RCX, host));
-    a.lea(true, R10, Mem::Any { base: Some(RCX), index: Some((RDX, 1)), disp: 0 });
-    a.reg(true, &[0x2b], RCX, R11);
-    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, delta) as i32), RCX);
+    a.load(R10, Mem::GsBase(RCX, host));
+    a.reg(true, &[0x2b], R10, R11);
+    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, delta) as i32), R10);
+    // r10: delta + tag + offset in the page.
+    a.reg(true, &[0x03], R10, R11);
+    a.reg(true, &[0x03], R10, RDX);
+    a.shr(false, RCX, size_of::<TlbEntry>().trailing_zeros() as u8);
+    a.mem(&[], false, &[0xc6], 0, Mem::GsBase(RCX, pages)); // mov byte, 1
+    a.bytes(&[1]);
     a.shr(false, RAX, GROUP_SHIFT);
     a.mem(&[], false, &[0xc6], 0, Mem::GsBase(RAX, used)); // mov byte, 1
     a.bytes(&[1]);
@@ -273,12 +306,13 @@ fn pop(a: &mut Asm, reg: HostReg) {
     a.bytes(&[0x58 | reg & 7]);
 }
 
-/// Calls a Rust function from a stub that was itself called from translated code.
+/// Calls a Rust function, on the thread's own stack. The guest's registers were saved.
 fn call_rust(a: &mut Asm, function: u64) {
-    a.alu_imm(true, 5, RSP, 8); // the stack is 8 off a multiple of 16 here
+    a.mov(RBX, RSP);
+    a.load(RSP, Mem::Gs(gs!(host_rsp)));
     a.mov_imm(RAX, function);
     a.bytes(&[0xff, 0xd0]); // call rax
-    a.alu_imm(true, 0, RSP, 8);
+    a.mov(RSP, RBX);
 }
 
 /// Emits all stubs at `base`, the address that they will have.
@@ -291,18 +325,25 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     }
     a.alu_imm(true, 5, RSP, 8);
     a.store(Mem::Gs(gs!(host_rsp)), RSP);
+    a.load(RSP, Mem::Gs(gs!(calls.pointer)));
     a.mov(R11, RDI);
     a.mem(&[], false, &[0x0f, 0xae], 3, Mem::Gs(gs!(host_mxcsr)));
     load_vectors(a, avx);
     load_registers(a);
     a.bytes(&[0x41, 0xff, 0xe3]); // jmp r11
 
+    // `leave`: from a stub that translated code called.
     let (save_all, leave) = (a.label(), a.label());
     let exit = |a: &mut Asm, why: u64| {
         a.store_imm(gs!(exit_reason), why, R11);
         a.jmp(save_all);
     };
     let lookup_r10 = a.label();
+    a.align(8, 0);
+    stubs.other_return = at(a);
+    stubs.empty_return = at(a);
+    a.load(RSP, Mem::Gs(gs!(calls.bottom)));
+    emit_first_lookup(a);
     a.align(8, 0);
     stubs.second_lookup = at(a);
     emit_second_lookup(a, lookup_r10);
@@ -329,7 +370,12 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     a.bind(save_all);
     save_registers(a);
     save_vectors(a, avx);
+    let switch = a.label();
+    a.jmp(switch);
     a.bind(leave);
+    a.alu_imm(true, 0, RSP, 8);
+    a.bind(switch);
+    a.store(Mem::Gs(gs!(calls.pointer)), RSP);
     a.load(RSP, Mem::Gs(gs!(host_rsp)));
     a.alu_imm(true, 0, RSP, 8);
     for reg in CALLEE_SAVED.into_iter().rev() {
@@ -453,7 +499,14 @@ extern "C" fn slow_helper(cpu: *mut Cpu, address: u64, descriptor: u32) -> SlowR
             None => cpu.slow_access(address, usize::from(d.size), d.kind, d.stack, !d.aligned),
         };
         match place {
-            Ok(Place::Direct(host)) => SlowResult { host, how: 0 },
+            Ok(Place::Direct(host)) => {
+                if let Some(number) = d.slot {
+                    // It is in the TLB now.
+                    let table = TlbTable::new(cpu.s.mode.tlb_class(), d.kind != Kind::Read);
+                    cpu.s.slots.fill(table, usize::from(number) % SLOTS, address, host);
+                }
+                SlowResult { host, how: 0 }
+            }
             Ok(Place::Special(host)) => SlowResult { host, how: u64::from(d.kind != Kind::Read) },
             Ok(Place::Alone) => {
                 cpu.s.exit_reason = reason::ALONE;

@@ -5,19 +5,28 @@
 //! first-level TLB into the slot (the refill stubs), or calls [`Cpu::slow_access`] if there is none. So slots hold
 //! nothing that the TLB could not hold, and are emptied whenever the TLB loses entries.
 //!
+//! Accesses to the stack share a few slots, so that a switch of stacks does not make each of them miss. Kernel code has
+//! slots for these only: it works for one task after the other, each with pages of its own, and measured slower with
+//! slots for everything.
+//!
 //! Slots are handed out in the order of translation and shared when there are more accesses than slots; the tag
 //! decides, so sharing costs misses and is never wrong. An access that misses often (a walk through a table, a hash)
 //! is translated again without a slot: see [`Cpu::give_slot_up`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use berth_memory::{GuestPhysAddr, PAGE_SHIFT};
 
-use super::tlb::{TLB_TABLES, TlbTable};
+use super::tlb::{TLB_ENTRIES, TLB_TABLES, TlbTable, index};
 use crate::cpu::Cpu;
 
 /// Slots for each privilege class and kind of access.
-pub const SLOTS: usize = 1024;
+pub const SLOTS: usize = 2048;
+/// The first slots are for accesses to the stack, which share them: after a switch of stacks each of them misses
+/// once instead of every access. Code that is close together shares the same.
+const STACK_SLOTS: usize = 8;
+/// log2 of what is close together, in bytes.
+const STACK_CODE_SHIFT: u32 = 8;
 /// Slots that are emptied together.
 const GROUP: usize = 64;
 /// log2 of the bytes of a group, for the refill stubs.
@@ -26,8 +35,11 @@ const GROUPS: usize = SLOTS / GROUP;
 /// The tag of an empty slot: a page of non-canonical addresses. An access there would pass the check, but the
 /// host's CPU refuses the address just as the guest's would.
 const EMPTY: u64 = 1 << 63;
-/// From so many misses on, halved every now and then, an access is better off without a slot.
-pub(crate) const MANY_MISSES: u16 = 1 << 15;
+/// Count of misses at which an access gives its slot up; the refill stubs see it by the sign.
+const TOO_MANY_MISSES: u16 = 1 << 15;
+/// Where counts of misses start. The number of misses that it takes is halved again and again, so frequent ones
+/// are meant.
+const NO_MISSES: u16 = TOO_MANY_MISSES - (1 << 13);
 
 /// One slot.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +58,8 @@ pub struct Slots {
     pub entries: [[Slot; SLOTS]; TLB_TABLES],
     /// Not 0: the group may have slots that are not empty.
     pub used: [[u8; GROUPS]; TLB_TABLES],
+    /// Not 0: pages with this index in the TLB may be in slots.
+    pub pages: [[u8; TLB_ENTRIES]; TLB_TABLES],
     /// Misses of each slot since it was last given up, halved every now and then.
     pub misses: [[u16; SLOTS]; TLB_TABLES],
 }
@@ -69,19 +83,55 @@ impl Slots {
     /// Empties all slots of `table`.
     pub(super) fn clear(&mut self, table: TlbTable) {
         self.clear_if(table, |_| true);
+        self.pages[table.index()].fill(0);
+    }
+
+    /// Empties the slots of `table` for the page of `lin`.
+    pub(super) fn clear_page(&mut self, table: TlbTable, lin: u64) {
+        let page = lin >> PAGE_SHIFT;
+        let may_have = &mut self.pages[table.index()][index(page)];
+        // Others with the same index may stay, so this one cannot be reset.
+        if *may_have != 0 {
+            self.clear_if(table, |slot| slot.tag >> PAGE_SHIFT == page);
+        }
+    }
+
+    /// Puts the page of `lin`, which is at `host` now, into a slot.
+    pub(crate) fn fill(&mut self, table: TlbTable, number: usize, lin: u64, host: u64) {
+        let tag = lin & !((1 << PAGE_SHIFT) - 1);
+        self.entries[table.index()][number] = Slot { tag, delta: host.wrapping_sub(lin) };
+        self.used[table.index()][number / GROUP] = 1;
+        self.pages[table.index()][index(lin >> PAGE_SHIFT)] = 1;
     }
 
     /// Empties all slots, whatever they hold.
     pub(super) fn initialize(&mut self) {
         self.entries = [[Slot { tag: EMPTY, delta: 0 }; SLOTS]; TLB_TABLES];
         self.used = [[0; GROUPS]; TLB_TABLES];
+        self.pages = [[0; TLB_ENTRIES]; TLB_TABLES];
+        self.misses = [[NO_MISSES; SLOTS]; TLB_TABLES];
     }
 
     /// Forgets half of the misses, so that only frequent ones count.
     pub(crate) fn forget_misses(&mut self) {
         for misses in self.misses.iter_mut().flatten() {
-            *misses /= 2;
+            *misses = NO_MISSES + misses.saturating_sub(NO_MISSES) / 2;
         }
+    }
+}
+
+/// Hands slots out, in the order of translation.
+#[derive(Default)]
+pub(crate) struct SlotNumbers([AtomicU32; TLB_TABLES]);
+
+impl SlotNumbers {
+    /// A slot in `table` for an access of the instruction at `rip`; `stack`: to the stack.
+    pub(crate) fn next(&self, table: TlbTable, rip: u64, stack: bool) -> usize {
+        if stack {
+            return (rip >> STACK_CODE_SHIFT) as usize % STACK_SLOTS;
+        }
+        let n = self.0[table.index()].fetch_add(1, Ordering::Relaxed) as usize;
+        STACK_SLOTS + n % (SLOTS - STACK_SLOTS)
     }
 }
 
@@ -122,10 +172,13 @@ impl Cpu {
     /// without it.
     pub(crate) fn give_slot_up(&mut self, table: TlbTable, number: usize) {
         let misses = &mut self.s.slots.misses[table.index()][number];
-        if *misses < MANY_MISSES {
+        if *misses < TOO_MANY_MISSES {
             return;
         }
-        *misses = 0;
+        *misses = NO_MISSES;
+        if number < STACK_SLOTS {
+            return;
+        }
         // The instruction was fetched, so this is a lookup.
         let Ok(t) = self.translate(self.s.rip, super::Access::Execute, super::Rights::of(self.s.mode)) else {
             return;
@@ -154,6 +207,17 @@ mod tests {
     }
 
     #[test]
+    fn accesses_to_the_stack_share_slots() {
+        let numbers = SlotNumbers::default();
+        let table = TlbTable::new(crate::mode::TlbClass::User, false);
+        assert_eq!(numbers.next(table, 0x1200, true), numbers.next(table, 0x12ff, true));
+        let mut others: Vec<_> = (0..SLOTS).map(|_| numbers.next(table, 0x1200, false)).collect();
+        others.sort_unstable();
+        others.dedup();
+        assert_eq!(others, (STACK_SLOTS..SLOTS).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn only_what_is_gone_is_emptied() {
         let layout = std::alloc::Layout::new::<Slots>();
         // SAFETY: the layout is not empty, and zero bytes are valid for all fields.
@@ -161,10 +225,12 @@ mod tests {
         slots.initialize();
         let table = TlbTable::new(crate::mode::TlbClass::Kernel, true);
         for (number, tag) in [(3, 0x1000), (4, 0x2000), (700, 0x1000)] {
-            slots.entries[table.index()][number] = Slot { tag, delta: 8 };
-            slots.used[table.index()][number / GROUP] = 1;
+            slots.fill(table, number, tag + 5, 0x7000);
         }
-        slots.clear_if(table, |slot| slot.tag == 0x1000);
+        assert_eq!(slots.entries[table.index()][4].delta, 0x7000 - 0x2005);
+        slots.clear_page(table, 0x3fff);
+        assert_eq!(slots.entries[table.index()][3].tag, 0x1000);
+        slots.clear_page(table, 0x1fff);
         let entries = &slots.entries[table.index()];
         assert_eq!((entries[3].tag, entries[4].tag, entries[700].tag), (EMPTY, 0x2000, EMPTY));
         assert_eq!((slots.used[table.index()][0], slots.used[table.index()][700 / GROUP]), (1, 0));

@@ -298,14 +298,15 @@ impl Cpu {
                 if entries[i].tag >> PAGE_SHIFT == lin >> PAGE_SHIFT {
                     entries[i] = empty(i);
                 }
+                self.s.slots.clear_page(table, lin);
             } else {
                 for (i, entry) in entries.iter_mut().enumerate() {
                     if entry.tag >> shift == lin >> shift {
                         *entry = empty(i);
                     }
                 }
+                self.s.slots.clear_if(table, |slot| slot.tag >> shift == lin >> shift);
             }
-            self.s.slots.clear_if(table, |slot| slot.tag >> shift == lin >> shift);
         }
         let drop = |e: &mut SecondLevel| {
             if e.page >> (shift - PAGE_SHIFT) == lin >> shift {

@@ -1,7 +1,5 @@
 //! Memory operands: address arithmetic, the TLB check, and the way to the slow path.
 
-use std::sync::atomic::Ordering;
-
 use berth_memory::GuestPhysAddr;
 use iced_x86::{FlowControl, Instruction, Register};
 
@@ -9,7 +7,7 @@ use super::emit::Emitter;
 use crate::code::asm::{Label, Mem, cc, gpr_offset, gs, state_offset};
 use crate::code::regs::{Home, HostReg, R10, R11, home};
 use crate::code::stubs::{Descriptor, FINISH_ONLY, RefillArgument, slot_offset, tlb_table_offset};
-use crate::memory::slots::{SLOTS, Slot};
+use crate::memory::slots::Slot;
 use crate::memory::slow::Kind;
 use crate::memory::tlb::{TLB_ENTRIES, TlbEntry, TlbTable};
 use crate::mode::Mode;
@@ -138,7 +136,7 @@ impl Emitter<'_> {
         let table = TlbTable::new(mode.tlb_class(), access.kind != Kind::Read);
         self.flags.host_lost();
         let miss = self.asm.label();
-        let slot = self.slot(insn);
+        let slot = self.slot(insn, table);
         match slot {
             Some(number) => self.check_slot(table, number, access.size, miss),
             None => self.check_tlb(table, access.size, miss),
@@ -169,12 +167,18 @@ impl Emitter<'_> {
     }
 
     /// The number of a slot for the access of `insn`, unless it is better off without.
-    fn slot(&self, insn: &Instruction) -> Option<usize> {
+    fn slot(&self, insn: &Instruction, table: TlbTable) -> Option<usize> {
         let instruction = GuestPhysAddr(self.key.gpa.wrapping_add(insn.ip().wrapping_sub(self.key.rip)));
         if self.vm.debug.no_slots || self.vm.slotless.has(instruction) {
             return None;
         }
-        Some(self.vm.next_slot.fetch_add(1, Ordering::Relaxed) as usize % SLOTS)
+        let by_rsp = insn.memory_base().full_register() == Register::RSP;
+        let stack = by_rsp || insn.memory_base() == Register::None && insn.is_stack_instruction();
+        if !stack && self.key.mode.cpl() < 3 {
+            // Kernels work for one task after the other, each with pages of its own.
+            return None;
+        }
+        Some(self.vm.slot_numbers.next(table, insn.ip(), stack))
     }
 
     /// r10 becomes the host address if the slot has the page; to `miss` with r10 as it is if not. Clobbers r11.

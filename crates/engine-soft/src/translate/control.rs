@@ -42,6 +42,22 @@ impl Emitter<'_> {
         rip >> 12 == self.key.rip >> 12 && !may_cross
     }
 
+    /// The host's call to the block for `rip`.
+    pub(super) fn call_to(&mut self, rip: u64) {
+        if self.is_linkable(rip) {
+            self.asm.align(4, 1);
+            self.asm.bytes(&[0xe8]);
+            return self.link(rip);
+        }
+        let known = self.asm.label();
+        self.asm.bytes(&[0xe8]);
+        self.asm.rel32(known);
+        self.asm.set_cold(true);
+        self.asm.bind(known);
+        self.jump_known(rip);
+        self.asm.set_cold(false);
+    }
+
     /// The rel32 field of a linkable jump, whose opcode was just emitted, and its stub.
     fn link(&mut self, rip: u64) {
         let stub = self.asm.label();

@@ -4,8 +4,8 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::access::{Access, seg_of};
 use super::emit::Emitter;
-use crate::code::asm::{Mem, gpr_offset, gs};
-use crate::code::regs::{GUEST_RSP, Home, R10, R11, RBP, home};
+use crate::code::asm::{Mem, cc, gpr_offset, gs};
+use crate::code::regs::{GUEST_RSP, Home, R10, R11, RBP, RSP, home};
 use crate::memory::slow::Kind;
 use crate::state::Seg;
 
@@ -103,7 +103,13 @@ impl Emitter<'_> {
     /// CALL rel32.
     pub(super) fn call(&mut self, insn: &Instruction) {
         self.push_source(insn, Source::Immediate(insn.next_ip()));
-        self.exit_to(insn.near_branch_target(), None);
+        let target = insn.near_branch_target();
+        if !self.pairs_calls() {
+            return self.exit_to(target, None);
+        }
+        self.begin_call(insn, Some(target));
+        self.call_to(target);
+        self.continuation(insn);
     }
 
     /// CALL r/m64. The target is read before the return address is pushed.
@@ -112,7 +118,18 @@ impl Emitter<'_> {
         self.asm.store(Mem::Gs(gs!(scratch) + 16), R10);
         self.push_source(insn, Source::Immediate(insn.next_ip()));
         self.asm.load(R10, Mem::Gs(gs!(scratch) + 16));
+        if !self.pairs_calls() {
+            return self.exit_to_r10(insn);
+        }
+        self.begin_call(insn, None);
+        let target = self.asm.label();
+        self.asm.bytes(&[0xe8]);
+        self.asm.rel32(target);
+        self.continuation(insn);
+        self.asm.set_cold(true);
+        self.asm.bind(target);
         self.exit_to_r10(insn);
+        self.asm.set_cold(false);
     }
 
     /// RET, RET imm16.
@@ -125,6 +142,63 @@ impl Emitter<'_> {
             e.asm.load(R10, Mem::base(R10, 0));
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
         });
-        self.exit_to_r10(insn);
+        if !self.pairs_calls() {
+            return self.exit_to_r10(insn);
+        }
+        self.asm.store_imm(gs!(branch), insn.ip(), R11);
+        self.asm.bytes(&[0xc3]);
+    }
+
+    /// Whether calls and returns are the host's.
+    fn pairs_calls(&self) -> bool {
+        self.chained && !self.vm.debug.no_calls
+    }
+
+    /// Makes an entry on the call stack ([`crate::code::calls`]) but for the continuation, which the host's call
+    /// pushes. A full stack is emptied first; that is also a poll, so that endless recursion can be stopped. `target`:
+    /// where the call leads, if that is not in r10.
+    fn begin_call(&mut self, insn: &Instruction, target: Option<u64>) {
+        let (full, go_on) = (self.asm.label(), self.asm.label());
+        let a = &mut *self.asm;
+        a.mem(&[], true, &[0x3b], RSP, Mem::Gs(gs!(calls.limit)));
+        a.jcc(cc::BE, full);
+        a.bind(go_on);
+        a.mem(&[], false, &[0xff], 6, Mem::Gs(gs!(jump_key))); // push
+        a.set_cold(true);
+        a.bind(full);
+        a.load(RSP, Mem::Gs(gs!(calls.bottom)));
+        a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
+        a.bytes(&[0]);
+        a.jcc(cc::NE, go_on);
+        match target {
+            Some(target) => a.mov_imm(R10, target),
+            None => a.store_imm(gs!(branch), insn.ip(), R11),
+        }
+        a.jmp_abs(self.stubs.exit_lookup_r10);
+        a.set_cold(false);
+    }
+
+    /// Where the host's return leads that belongs to the call before: goes on behind the guest's call if the guest
+    /// returned to there.
+    fn continuation(&mut self, insn: &Instruction) {
+        let next = insn.next_ip();
+        let other = self.asm.label();
+        let a = &mut *self.asm;
+        a.bytes(&[0x41, 0x5b]); // pop r11
+        a.mem(&[], true, &[0x3b], R11, Mem::Gs(gs!(jump_key)));
+        a.jcc(cc::NE, other);
+        match i32::try_from(next as i64) {
+            Ok(small) => a.alu_imm(true, 7, R10, small),
+            Err(_) => {
+                a.mov_imm(R11, next);
+                a.reg(true, &[0x3b], R10, R11);
+            }
+        }
+        a.jcc(cc::NE, other);
+        a.set_cold(true);
+        a.bind(other);
+        a.jmp_abs(self.stubs.other_return);
+        a.set_cold(false);
+        self.exit_to(next, None);
     }
 }
