@@ -266,7 +266,7 @@ impl Cpu {
         if let Some(vector) = self.apic.acknowledge() {
             self.mp_state = MpState::Runnable;
             self.counters.interrupts += 1;
-            if self.counters.interrupts % MISSES_HALVED_EVERY == 0 {
+            if self.counters.interrupts.is_multiple_of(MISSES_HALVED_EVERY) {
                 self.s.slots.forget_misses();
             }
             pv::offer_eoi(self, vector);

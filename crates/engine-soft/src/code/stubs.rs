@@ -181,7 +181,7 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     let slot = slot_offset(table, 0);
     let misses = gs!(slots.misses) + (table.index() * SLOTS * size_of::<u16>()) as i32;
     let pages = gs!(slots.pages) + (table.index() * TLB_ENTRIES) as i32;
-    let used = gs!(slots.used) + (table.index() * (SLOTS * size_of::<Slot>() >> GROUP_SHIFT)) as i32;
+    let used = gs!(slots.used) + (table.index() * ((SLOTS * size_of::<Slot>()) >> GROUP_SHIFT)) as i32;
     let absent = a.label();
     for reg in [RAX, RCX, RDX] {
         push(a, reg);
