@@ -76,22 +76,27 @@ fn an_image_of_debian_boots_to_a_login_and_a_vm_keeps_what_it_writes() {
     let setup = Setup { berth, data };
     setup.run(&["image", "build", "debian", "--size", "2G"]);
 
-    let mut console = setup.start(&["--name", "web", "--no-network"]);
+    // Without passt there is no network that needs no privilege.
+    let network = Command::new("passt").arg("--version").output().is_ok();
+    if !network {
+        println!("the network is not tested: there is no passt");
+    }
+    let mut console = setup.start(&["--name", "web", &format!("--no-network={}", !network)]);
     let said = log_in_and_run(
         &mut console,
         "web",
         &[
             "findmnt --noheadings --output SOURCE,FSTYPE /",
             "systemctl is-system-running --wait; systemctl --failed --no-legend --plain",
-            "networkctl --version | head -1; systemctl is-enabled systemd-networkd",
+            "/lib/systemd/systemd-networkd-wait-online --any --timeout=60; ip -4 -brief address show scope global",
             "printf '#!/bin/sh\\necho kept: $(hostname)\\nexec systemctl poweroff -ff\\n' >/root/check; chmod +x /root/check",
         ],
     )
     .unwrap_or_else(|e| panic!("{e}"));
-    let [root, state, network, _] = &said[..] else { panic!("{said:?}") };
+    let [root, state, addresses, _] = &said[..] else { panic!("{said:?}") };
     assert!(root.contains("/dev/vda") && root.contains("ext4"), "{root}");
     assert!(state.contains("running"), "{state}");
-    assert!(network.contains("enabled"), "{network}");
+    assert!(!network || addresses.contains(" UP "), "{addresses}");
     console.type_line("poweroff").unwrap();
     let status = console.wait().unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(status.code(), Some(0));

@@ -82,8 +82,11 @@ impl<'a> Output<'a> {
 
     /// The first complaints, or the last lines if none looks like one.
     fn complaints(&self) -> String {
-        // `E: setup failed: E: …` says twice what the first said.
-        let is_complaint = |l: &&String| l.starts_with("E: ") && !l.starts_with("E: setup failed");
+        // `E: setup failed: E: …` says twice what the first said, and `E: mmdebstrap failed` nothing more.
+        let is_complaint = |l: &&String| {
+            l.starts_with("E: ")
+                && !["E: setup failed", "E: mmdebstrap failed"].iter().any(|s| l.starts_with(s))
+        };
         let complaints: Vec<&str> = self.lines.iter().filter(is_complaint).map(String::as_str).collect();
         if !complaints.is_empty() {
             return complaints.into_iter().take(SHOWN).collect::<Vec<_>>().join("; ");
@@ -123,7 +126,8 @@ mod tests {
     #[test]
     fn complaints_are_shown_and_other_lines_not() {
         let script = "echo I: fine >&2; echo 'E: Unable to locate package nosuch' >&2; \
-            echo 'E: apt-get failed' >&2; echo 'E: setup failed: E: apt-get failed' >&2; exit 25";
+            echo 'E: apt-get failed' >&2; echo 'E: setup failed: E: apt-get failed' >&2; \
+            echo 'E: mmdebstrap failed to run' >&2; exit 25";
         assert_eq!(
             complaints_of(script),
             "sh failed: E: Unable to locate package nosuch; E: apt-get failed (exit status: 25)"
