@@ -1,12 +1,14 @@
 //! `berth run`: one VM from its arguments to its exit code.
 
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
 use berth_disk::Format;
 use berth_guest_image::GuestImageError;
+use berth_host::{Cpu, EngineChoice, EngineName};
 use berth_image::ImageError;
 use berth_machine::options::{DiskOptions, size};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome};
@@ -23,9 +25,6 @@ use crate::{log, shutdown, terminal};
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The engine is not there.
-    #[error("the kvm engine is not available yet in this version of Berth: use --engine soft")]
-    NoKvm,
     /// The VM file.
     #[error(transparent)]
     File(#[from] VmFileError),
@@ -72,11 +71,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     if let Some(path) = &arguments.file {
         options = options.or(vm_file::read(path)?);
     }
-    let engine = match options.engine() {
-        Engine::Kvm => return Err(RunError::NoKvm),
-        // The kvm engine does not exist yet, so there is nothing to choose from.
-        Engine::Auto | Engine::Soft => EngineKind::Soft,
-    };
+    let engine = choose_engine(options.engine());
     let on_terminal = terminal::is_terminal();
     let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
     let Boot { kernel, initrd, cmdline, root_disk } = boot::choose(&options, &name, on_terminal)?;
@@ -110,7 +105,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         let s = if options.cpus() == 1 { "" } else { "s" };
         let memory = size::show(options.memory());
         log::message(&format!(
-            "{name}: {} vCPU{s}, {memory}, soft engine; Ctrl-A h lists keys",
+            "{name}: {} vCPU{s}, {memory}, {engine} engine; Ctrl-A h lists keys",
             options.cpus()
         ));
         Some(RawTerminal::enter().map_err(RunError::host("the terminal"))?)
@@ -127,6 +122,30 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         eprintln!();
     }
     Ok(exit_code(outcome, &ending))
+}
+
+/// The engine that the user wants, or what suits this host.
+fn choose_engine(wanted: Engine) -> EngineKind {
+    match wanted {
+        Engine::Soft => EngineKind::Soft,
+        Engine::Kvm => {
+            if !Cpu::virtualization(Path::new("/")).virtualizes() {
+                log::message(
+                    "warning: this CPU shows no vmx or svm: if /dev/kvm works at all it emulates guest kernels, \
+                     slower than --engine soft and not completely",
+                );
+            }
+            EngineKind::Kvm
+        }
+        Engine::Auto => {
+            let choice = EngineChoice::of_this_host();
+            tracing::info!("engine {:?}: {}", choice.engine, choice.reason);
+            match choice.engine {
+                EngineName::Kvm => EngineKind::Kvm,
+                EngineName::Soft => EngineKind::Soft,
+            }
+        }
+    }
 }
 
 /// What the console's input does to the machine.

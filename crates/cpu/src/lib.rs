@@ -3,12 +3,17 @@
 //!
 //! Bit and register names are those of the Intel SDM; each table names its section.
 
+pub mod apic;
 pub mod bits;
 pub mod cpuid;
 pub mod msr;
 pub mod state;
 
-pub use state::{CpuState, MpState, Segment, TableRegister, XSAVE_AREA_SIZE, XsaveArea};
+pub use apic::ApicState;
+pub use state::{
+    BadCpuState, CpuState, MpState, PendingEvents, PendingException, Segment, TableRegister, XSAVE_AREA_SIZE,
+    XsaveArea,
+};
 
 /// Number of a vCPU in its VM, from 0. It is also the APIC ID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

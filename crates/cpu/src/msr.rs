@@ -43,3 +43,27 @@ pub const KVM_ASYNC_PF_EN: u32 = 0x4b56_4d02;
 pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 pub const KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
 pub const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
+
+/// Whether guests depend on the value of register `number`, so that a state without it is not the same state. The
+/// others (MTRRs, microcode revisions, chicken bits and the like) have no effect on a virtual CPU, and engines need
+/// not all have them.
+pub fn is_essential(number: u32) -> bool {
+    matches!(
+        number,
+        IA32_TSC
+            | IA32_SYSENTER_CS
+            | IA32_SYSENTER_ESP
+            | IA32_SYSENTER_EIP
+            | IA32_PAT
+            | IA32_STAR
+            | IA32_LSTAR
+            | IA32_CSTAR
+            | IA32_FMASK
+            | IA32_KERNEL_GS_BASE
+            | IA32_TSC_AUX
+            | KVM_SYSTEM_TIME
+            | KVM_SYSTEM_TIME_NEW
+            | KVM_STEAL_TIME
+            | KVM_PV_EOI_EN
+    )
+}

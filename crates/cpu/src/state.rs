@@ -1,6 +1,7 @@
 //! The engine-neutral state of one vCPU: read from one engine, written into another, or kept in a snapshot.
 
-use crate::bits::{cr0, rflags};
+use crate::apic::ApicState;
+use crate::bits::{cr0, cr4, efer, rflags};
 
 /// A segment register with its hidden part (SDM volume 3, 3.4.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,7 +102,32 @@ impl Default for XsaveArea {
     }
 }
 
-/// All architectural state of one vCPU except its local APIC's.
+/// An exception that was raised and not delivered yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PendingException {
+    /// Vector, 0 to 31. For a page fault CR2 is set already, for a debug exception DR6.
+    pub vector: u8,
+    /// Error code, for the vectors that push one.
+    pub error: Option<u32>,
+}
+
+/// Events that were taken and not delivered yet: the next thing that the vCPU does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PendingEvents {
+    /// An exception.
+    pub exception: Option<PendingException>,
+    /// Vector of an interrupt that was acknowledged: it is in service at the local APIC or the PIC.
+    pub interrupt: Option<u8>,
+    /// A non-maskable interrupt, which may have to wait until NMIs are not blocked any more.
+    pub nmi: bool,
+}
+
+/// A combination of registers that no CPU can be in; the text says which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadCpuState(&'static str);
+
+/// All architectural state of one vCPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 #[allow(missing_docs)]
 pub struct CpuState {
@@ -128,8 +154,12 @@ pub struct CpuState {
     pub dr: [u64; 8],
     pub xcr0: u64,
     pub fpu: XsaveArea,
-    /// Model-specific registers that are not fields of their own: number and value.
+    /// Model-specific registers that are not fields of their own: number and value. An engine sets those that it
+    /// has; it refuses the state only if one that [`crate::msr::is_essential`] does not take its value, unless 0.
     pub msrs: Vec<(u32, u64)>,
+    /// The local APIC; `None` leaves it as it is.
+    pub apic: Option<Box<ApicState>>,
+    pub pending: PendingEvents,
     pub mp_state: MpState,
     /// The instruction boundary at `rip` is in the shadow of STI or MOV SS.
     pub interrupt_shadow: bool,
@@ -159,6 +189,27 @@ impl CpuState {
             xcr0: crate::bits::xcr0::X87,
             ..Self::default()
         }
+    }
+
+    /// Refuses combinations that no CPU can be in, and that engines rely on (SDM volume 3, 2.5, 4.1 and 5.1).
+    ///
+    /// # Errors
+    /// [`BadCpuState`] names the first.
+    pub fn check(&self) -> Result<(), BadCpuState> {
+        let bad = |what| Err(BadCpuState(what));
+        if self.cr0 & cr0::PG != 0 && self.cr0 & cr0::PE == 0 {
+            return bad("CR0.PG is set without CR0.PE");
+        }
+        if self.efer & efer::LMA != 0 && (self.cr0 & cr0::PG == 0 || self.cr4 & cr4::PAE == 0) {
+            return bad("EFER.LMA is set without paging or CR4.PAE");
+        }
+        if self.rflags & rflags::ONE == 0 {
+            return bad("bit 1 of RFLAGS is clear");
+        }
+        if self.efer & efer::LMA == 0 && self.rip > u64::from(u32::MAX) {
+            return bad("RIP has more than 32 bits outside of long mode");
+        }
+        Ok(())
     }
 
     /// The state after INIT and a start-up IPI with `vector`: real mode at `vector`00:0000.

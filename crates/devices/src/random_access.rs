@@ -13,6 +13,7 @@ use crate::bus::MachineBus;
 use crate::cmos::Cmos;
 use crate::debug_exit::DebugExit;
 use crate::i8042::I8042;
+use crate::irq::InterruptController;
 use crate::irqchip::InterruptChips;
 use crate::pci::PciRoot;
 use crate::pit::Pit;

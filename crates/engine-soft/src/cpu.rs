@@ -3,11 +3,14 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use berth_cpu::{CpuState, MpState, VcpuId};
+use berth_cpu::bits::vector;
+use berth_cpu::{CpuState, MpState, PendingEvents, PendingException, VcpuId};
 use berth_engine::{Bus, EngineError, Exit, LocalApic, Vcpu, VcpuHandle};
 
 use crate::code::Flow;
 use crate::code::asm::Asm;
+use crate::exec::deliver::Event;
+use crate::fault::Fault;
 use crate::host::X87;
 use crate::memory::Flush;
 use crate::mode::Mode;
@@ -80,7 +83,7 @@ pub struct Cpu {
     /// x87 registers while the vCPU is not running.
     pub(crate) x87: X87,
     /// A fault that a stub's helper found: the run loop delivers it.
-    pub(crate) pending_fault: Option<crate::fault::Fault>,
+    pub(crate) pending_fault: Option<Fault>,
     /// A triple fault or failure that ends `run`.
     pub(crate) fatal: Option<Exit>,
     /// What a helper wants after its instruction.
@@ -102,6 +105,8 @@ pub struct Cpu {
     pub(crate) interrupt_check: bool,
     /// An NMI waits for the end of another one.
     pub(crate) nmi_pending: bool,
+    /// An exception or acknowledged interrupt that came with the state and is delivered first.
+    pub(crate) injected: Option<Event>,
     /// Eviction count that the jump cache belongs to.
     pub(crate) epoch: u64,
     /// How busy it was of late.
@@ -142,6 +147,7 @@ impl Cpu {
             trap_override: None,
             interrupt_check: true,
             nmi_pending: false,
+            injected: None,
             epoch: 0,
             idle_watch: crate::idle::IdleWatch::default(),
             counters: Counters::default(),
@@ -189,13 +195,37 @@ impl Cpu {
             crate::host::load_x87(&self.x87);
         }
         self.mp_state = state.mp_state;
+        self.set_pending(&state.pending);
         self.interrupt_check = true;
         self.mode_changed();
         self.flush_tlb(Flush::All);
     }
 
+    fn set_pending(&mut self, pending: &PendingEvents) {
+        self.nmi_pending = pending.nmi;
+        let exception = pending.exception.map(|e| {
+            let address = if e.vector == vector::PF { self.s.cr2 } else { 0 };
+            Event::Fault(Fault { vector: e.vector, error: e.error, address })
+        });
+        self.injected = exception.or(pending.interrupt.map(Event::External));
+    }
+
+    fn pending(&self) -> PendingEvents {
+        let mut pending = PendingEvents { nmi: self.nmi_pending, ..PendingEvents::default() };
+        match self.injected {
+            Some(Event::Fault(f)) => {
+                pending.exception = Some(PendingException { vector: f.vector, error: f.error })
+            }
+            Some(Event::External(vector)) => pending.interrupt = Some(vector),
+            Some(Event::Software { .. } | Event::Nmi) | None => {}
+        }
+        pending
+    }
+
     fn architectural(&mut self) -> CpuState {
         let msrs = crate::exec::msr::save(self);
+        let pending = self.pending();
+        let apic = crate::exec::msr::save_apic(self);
         let s = &*self.s;
         let mut fpu = berth_cpu::XsaveArea::default();
         fpu.0[0..24].copy_from_slice(&self.x87.0[0..24]);
@@ -229,6 +259,8 @@ impl Cpu {
             xcr0: s.xcr0,
             fpu,
             msrs,
+            apic: Some(Box::new(apic)),
+            pending,
             mp_state: self.mp_state,
             interrupt_shadow: s.interrupt_shadow,
             nmi_blocked: s.nmi_blocked,
@@ -250,29 +282,14 @@ impl Vcpu for Cpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        check_state(state)?;
+        state.check().map_err(|e| EngineError::BadState(e.to_string()))?;
         self.set_architectural(state);
         crate::exec::msr::restore(self, &state.msrs).map_err(|msr| {
             EngineError::BadState(format!("MSR {msr:#x} does not take its value on this CPU model"))
-        })
+        })?;
+        if let Some(apic) = &state.apic {
+            crate::exec::msr::restore_apic(self, apic);
+        }
+        Ok(())
     }
-}
-
-/// Refuses combinations that no CPU can be in, and that the engine relies on.
-fn check_state(state: &CpuState) -> Result<(), EngineError> {
-    use berth_cpu::bits::{cr0, cr4, efer};
-    let bad = |what: &str| Err(EngineError::BadState(what.to_owned()));
-    if state.cr0 & cr0::PG != 0 && state.cr0 & cr0::PE == 0 {
-        return bad("CR0.PG is set without CR0.PE");
-    }
-    if state.efer & efer::LMA != 0 && (state.cr0 & cr0::PG == 0 || state.cr4 & cr4::PAE == 0) {
-        return bad("EFER.LMA is set without paging or CR4.PAE");
-    }
-    if state.rflags & berth_cpu::bits::rflags::ONE == 0 {
-        return bad("bit 1 of RFLAGS is clear");
-    }
-    if state.efer & efer::LMA == 0 && state.rip > u64::from(u32::MAX) {
-        return bad("RIP has more than 32 bits outside of long mode");
-    }
-    Ok(())
 }

@@ -240,8 +240,12 @@ impl Cpu {
     /// Takes what the local APIC has, as far as the vCPU may be interrupted now.
     fn look_for_events(&mut self) {
         pv::take_eoi(self);
-        if self.s.interrupt_shadow {
+        if self.s.interrupt_shadow && self.injected.is_none() {
             return;
+        }
+        if let Some(event) = self.injected.take() {
+            self.mp_state = MpState::Runnable;
+            self.deliver_event(event);
         }
         self.interrupt_check = false;
         self.s.interrupt_waiting = 0;

@@ -47,6 +47,10 @@ impl LocalApic for NoApic {
         true
     }
     fn reset(&self, _: bool) {}
+    fn state(&self) -> berth_cpu::ApicState {
+        berth_cpu::ApicState::reset(berth_cpu::VcpuId(0))
+    }
+    fn set_state(&self, _: &berth_cpu::ApicState) {}
 }
 
 /// A bus without devices.

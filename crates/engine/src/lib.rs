@@ -16,7 +16,7 @@
 
 use std::sync::Arc;
 
-pub use berth_cpu::{CpuState, VcpuId};
+pub use berth_cpu::{ApicState, CpuState, VcpuId};
 use berth_memory::GuestPhysAddr;
 
 /// Port and memory-mapped I/O as the vCPUs see it. Called from vCPU threads, several at once.
@@ -98,15 +98,33 @@ pub trait LocalApic: Send + Sync {
     fn needs_explicit_eoi(&self) -> bool;
     /// Back to the state after RESET (`init` false) or INIT (`init` true: the APIC ID and base stay).
     fn reset(&self, init: bool);
+    /// All registers. The TSC deadline is in ticks of the host's TSC.
+    fn state(&self) -> ApicState;
+    /// Replaces all registers. The deadline is in ticks of the host's TSC; the vCPU must not be running.
+    fn set_state(&self, state: &ApicState);
+}
+
+/// What devices' interrupts go to when the engine has interrupt controllers of its own. Called from any thread;
+/// never blocks for long.
+pub trait InterruptSink: Send + Sync {
+    /// Drives the line of interrupt `irq`: 0 to 15 are the ISA interrupts, at the PIC's inputs and at the IOAPIC's
+    /// pins of the same number (0: pin 2); 16 to 23 are the IOAPIC's other pins. 2 is no line of a device.
+    fn set_line(&self, irq: u8, level: bool);
+    /// Delivers a message signalled interrupt: a write of `data` to `address` by a device (SDM volume 3, 11.11).
+    /// Returns whether a local APIC took it.
+    fn signal_msi(&self, address: u64, data: u32) -> bool;
+    /// PIC, IOAPIC and PIT back to the state after RESET; local APICs are part of [`CpuState`]. Lines stay as
+    /// devices drive them. No vCPU may be running.
+    fn reset(&self);
 }
 
 /// Who emulates LAPIC, IOAPIC, PIC and PIT.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub enum InterruptControllers {
     /// The machine's own devices; the engine is given a [`LocalApic`] for each vCPU.
     Devices,
-    /// The engine itself.
-    Engine,
+    /// The engine itself; devices interrupt through this.
+    Engine(Arc<dyn InterruptSink>),
 }
 
 /// Why an engine cannot do what was asked. The text is complete and for people.
@@ -165,8 +183,8 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Host`] when the host has no resources for it.
     fn create_vcpu(&self, id: VcpuId, apic: Option<Arc<dyn LocalApic>>)
     -> Result<Box<dyn Vcpu>, EngineError>;
-    /// Must be called after a device or the host wrote guest memory (DMA): translated code made from it is
-    /// dropped.
+    /// Must be called after a device or the host wrote guest memory (DMA), so that no vCPU executes what was
+    /// there before.
     fn memory_written(&self, start: GuestPhysAddr, len: u64);
 }
 

@@ -1,6 +1,8 @@
 //! The CPUs: `/proc/cpuinfo` (proc(5)) and their neighbours in `/sys`.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde::Serialize;
@@ -39,7 +41,26 @@ pub struct Tsc {
     pub clocksource: Option<String>,
 }
 
+/// More than the first CPU takes in `/proc/cpuinfo`.
+const ONE_CPU: u64 = 16 << 10;
+
 impl Cpu {
+    /// As [`Self::read`], but only what the first CPU says in `/proc/cpuinfo`, which is long on large hosts: vendor
+    /// and flags, nothing that is counted.
+    pub fn virtualization(root: &Path) -> Self {
+        let mut text = String::new();
+        if let Ok(file) = File::open(root.join("proc/cpuinfo")) {
+            // What was read before an error counts.
+            let _ = file.take(ONE_CPU).read_to_string(&mut text);
+        }
+        parse_cpuinfo(text.split("\n\n").next().unwrap_or_default())
+    }
+
+    /// Whether it has virtualization of its own.
+    pub fn virtualizes(&self) -> bool {
+        self.vmx || self.svm
+    }
+
     /// Reads the files below `root`.
     pub fn read(root: &Path) -> Self {
         let mut cpu = parse_cpuinfo(&read::text(root, "proc/cpuinfo").unwrap_or_default());
@@ -113,6 +134,16 @@ vendor_id\t: GenuineIntel
         assert_eq!(cpu.vendor.as_deref(), Some("GenuineIntel"));
         assert!(cpu.vmx && !cpu.svm && !cpu.hypervisor && cpu.tsc.invariant);
         assert_eq!((cpu.online, cpu.x86_64_level), (2, 2));
+    }
+
+    #[test]
+    fn the_first_cpu_is_enough_for_its_flags() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("proc")).unwrap();
+        std::fs::write(root.path().join("proc/cpuinfo"), SAMPLE.to_owned() + &"x".repeat(1 << 20)).unwrap();
+        let cpu = Cpu::virtualization(root.path());
+        assert!(cpu.vmx && !cpu.svm);
+        assert!(!Cpu::virtualization(Path::new("/nonexistent")).vmx);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! Which engine `--engine auto` takes, and why.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use crate::cpu::Cpu;
-use crate::kvm::{Kvm, KvmKind};
+use crate::kvm::Kvm;
 
 /// An engine by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -22,35 +24,34 @@ pub struct EngineChoice {
     pub engine: EngineName,
     /// Why, for people.
     pub reason: String,
-    /// The host could run the `kvm` engine: vmx or svm, and a /dev/kvm that creates a VM.
-    pub kvm_possible: bool,
 }
 
 impl EngineChoice {
-    /// What `auto` takes on such a host. The `kvm` engine does not exist yet, so it is always `soft`; where
-    /// `kvm` would be better the reason says so.
+    /// What `auto` takes on such a host: `kvm` only where the CPU shows vmx or svm and /dev/kvm creates a VM. A KVM
+    /// without either flag emulates the kernels of guests, slower than the soft engine.
     pub fn automatic(cpu: &Cpu, kvm: &Kvm) -> Self {
-        let (kvm_possible, reason) = match (cpu.vmx || cpu.svm, kvm.creates_vm) {
-            (true, true) => {
-                let flag = if cpu.vmx { "vmx" } else { "svm" };
-                (
-                    true,
-                    format!(
-                        "this host could run kvm ({flag}, /dev/kvm), but Berth's kvm engine is not there yet"
-                    ),
-                )
-            }
-            (true, false) => (
-                false,
-                format!("the CPU can virtualize, but {}", kvm.problem.as_deref().unwrap_or("KVM fails")),
-            ),
-            (false, true) if kvm.kind == Some(KvmKind::PageTables) => (
-                false,
-                "/dev/kvm is here without vmx or svm: such a KVM emulates guest kernels, slowly".to_owned(),
-            ),
-            (false, _) => (false, "the CPU shows neither vmx nor svm".to_owned()),
+        let flag = match (cpu.vmx, cpu.svm) {
+            (true, _) => Some("vmx"),
+            (_, true) => Some("svm"),
+            _ => None,
         };
-        Self { engine: EngineName::Soft, reason, kvm_possible }
+        let (engine, reason) = match (flag, &kvm.problem) {
+            (Some(flag), None) => (EngineName::Kvm, format!("the CPU has {flag}, and /dev/kvm creates a VM")),
+            (Some(_), Some(problem)) => (EngineName::Soft, format!("kvm is not possible: {problem}")),
+            (None, None) => {
+                let why = "no vmx or svm flag: the /dev/kvm that is here emulates guest kernels, slowly";
+                (EngineName::Soft, why.to_owned())
+            }
+            (None, Some(_)) => (EngineName::Soft, "no vmx or svm flag".to_owned()),
+        };
+        Self { engine, reason }
+    }
+
+    /// What `auto` takes on this host. Looks at nothing but CPU and `/dev/kvm`.
+    pub fn of_this_host() -> Self {
+        let root = Path::new("/");
+        let cpu = Cpu::virtualization(root);
+        Self::automatic(&cpu, &Kvm::probe(root, cpu.virtualizes()))
     }
 }
 
@@ -58,21 +59,27 @@ impl EngineChoice {
 mod tests {
     use super::*;
 
-    fn choose(vmx: bool, creates_vm: bool) -> EngineChoice {
-        let kind = creates_vm.then_some(if vmx { KvmKind::Hardware } else { KvmKind::PageTables });
-        let problem = (!creates_vm).then(|| "there is no /dev/kvm".to_owned());
-        let kvm = Kvm { creates_vm, kind, problem, ..Kvm::default() };
-        EngineChoice::automatic(&Cpu { vmx, ..Cpu::default() }, &kvm)
+    fn choose(vmx: bool, svm: bool, problem: Option<&str>) -> EngineChoice {
+        let kvm = Kvm { problem: problem.map(str::to_owned), ..Kvm::default() };
+        EngineChoice::automatic(&Cpu { vmx, svm, ..Cpu::default() }, &kvm)
     }
 
     #[test]
     fn kvm_needs_both_the_cpu_and_the_device() {
-        assert!(choose(true, true).kvm_possible);
-        assert!(choose(true, true).reason.contains("not there yet"));
-        assert!(!choose(true, false).kvm_possible);
-        assert!(choose(true, false).reason.contains("there is no /dev/kvm"));
-        assert!(!choose(false, true).kvm_possible);
-        assert!(choose(false, true).reason.contains("emulates"));
-        assert!(choose(false, false).reason.contains("neither vmx nor svm"));
+        for (vmx, svm, flag) in [(true, false, "vmx"), (false, true, "svm")] {
+            let choice = choose(vmx, svm, None);
+            assert_eq!(choice.engine, EngineName::Kvm);
+            assert!(choice.reason.contains(flag));
+        }
+        for problem in ["permission denied on /dev/kvm: add yourself to the group kvm", "/dev/kvm is busy"] {
+            let choice = choose(true, false, Some(problem));
+            assert_eq!(choice.engine, EngineName::Soft);
+            assert!(choice.reason.contains(problem), "{}", choice.reason);
+        }
+        for problem in [None, Some("there is no /dev/kvm")] {
+            let choice = choose(false, false, problem);
+            assert_eq!(choice.engine, EngineName::Soft);
+            assert!(choice.reason.contains("no vmx or svm flag"), "{}", choice.reason);
+        }
     }
 }

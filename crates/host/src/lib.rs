@@ -59,7 +59,7 @@ impl Host {
     /// As [`Self::probe`] with another directory as the root of all files. System calls still ask the real host.
     pub fn probe_below(root: &Path) -> Self {
         let cpu = Cpu::read(root);
-        let kvm = Kvm::probe(root, cpu.vmx || cpu.svm);
+        let kvm = Kvm::probe(root, cpu.virtualizes());
         let engine = EngineChoice::automatic(&cpu, &kvm);
         Self {
             cpu,

@@ -13,7 +13,7 @@ use berth_devices::bus::{BusError, MachineBus};
 use berth_devices::cmos::Cmos;
 use berth_devices::debug_exit::DebugExit;
 use berth_devices::i8042::I8042;
-use berth_devices::irq::IrqError;
+use berth_devices::irq::{EngineInterrupts, Interrupts, IrqError};
 use berth_devices::irqchip::{ChipsError, InterruptChips};
 use berth_devices::pci::PciRoot;
 use berth_devices::pit::Pit;
@@ -21,7 +21,7 @@ use berth_devices::power::PowerSink;
 use berth_devices::serial::Serial;
 use berth_devices::timer::{TimerError, Timers, TscClock, tsc_hz};
 use berth_devices::virtio::console::Output;
-use berth_engine::{Bus, Engine, LocalApic, VcpuHandle};
+use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, VcpuHandle};
 use berth_memory::GuestMemory;
 use berth_memory::layout::{HIGH_RAM_START, ports};
 use parking_lot::Mutex;
@@ -57,57 +57,63 @@ pub enum BoardError {
 /// The devices, and the bus that they are on.
 pub struct Board {
     bus: MachineBus,
-    chips: Arc<InterruptChips>,
-    pit: Arc<Pit>,
+    interrupts: Interrupts,
+    /// Where the engine has no interrupt controllers and PIT of its own.
+    chips: Option<(Arc<InterruptChips>, Arc<Pit>)>,
     serial: Arc<Serial>,
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     acpi_pm: Arc<AcpiPm>,
     pci: Arc<PciRoot>,
     virtio: VirtioDevices,
-    tsc_hz: u64,
     // Last, so that the timers' thread ends after the devices that use it.
     _timers: Timers,
 }
 
 impl Board {
-    /// All devices of the machine that `config` describes, in the state after power-up. Requests that end or
-    /// restart the VM go to `power`, what serial port and virtio console print to `console`.
+    /// All devices of the machine that `config` describes, in the state after power-up; of interrupt controllers
+    /// and PIT those that the engine leaves to them. Requests that end or restart the VM go to `power`, what serial port and virtio console print to `console`.
     ///
     /// # Errors
     /// [`BoardError`].
     pub fn new(
         config: &MachineConfig,
         memory: &GuestMemory,
+        controllers: InterruptControllers,
         power: PowerSink,
         console: Box<dyn Write + Send>,
     ) -> Result<Self, BoardError> {
         let timers = Timers::start(&config.name)?;
-        let tsc_hz = tsc_hz();
-        let tsc = TscClock::new(tsc_hz, timers.clock().clone());
         let mut bus = MachineBus::new();
 
-        let chips = InterruptChips::new(config.vcpus, &timers, &tsc)?;
-        chips.register(&mut bus)?;
-        let pit = Pit::new(chips.line(PIT_IRQ)?, &timers);
-        pit.register(&mut bus)?;
+        let (interrupts, chips) = match controllers {
+            InterruptControllers::Engine(sink) => (Interrupts::new(EngineInterrupts::new(sink)), None),
+            InterruptControllers::Devices => {
+                let tsc = TscClock::new(tsc_hz(), timers.clock().clone());
+                let chips = InterruptChips::new(config.vcpus, &timers, &tsc)?;
+                chips.register(&mut bus)?;
+                let pit = Pit::new(chips.line(PIT_IRQ)?, &timers);
+                pit.register(&mut bus)?;
+                (Interrupts::new(chips.clone()), Some((chips, pit)))
+            }
+        };
         let output: Output = Arc::new(Mutex::new(console));
-        let serial = Serial::new(chips.line(ports::SERIAL_IRQ)?, Box::new(SharedOutput(output.clone())));
+        let serial = Serial::new(interrupts.line(ports::SERIAL_IRQ)?, Box::new(SharedOutput(output.clone())));
         serial.register(ports::SERIAL, &mut bus)?;
         let (low, high) = ram_sizes(memory);
-        let cmos = Cmos::new(chips.line(ports::CMOS_IRQ)?, &timers, low, high);
+        let cmos = Cmos::new(interrupts.line(ports::CMOS_IRQ)?, &timers, low, high);
         cmos.register(ports::CMOS, &mut bus)?;
-        let i8042 = I8042::new(chips.line(KEYBOARD_IRQ)?, power.clone());
+        let i8042 = I8042::new(interrupts.line(KEYBOARD_IRQ)?, power.clone());
         i8042.register(&mut bus)?;
-        let acpi_pm = AcpiPm::new(chips.line(ports::SCI_GSI)?, power.clone(), &timers);
+        let acpi_pm = AcpiPm::new(interrupts.line(ports::SCI_GSI)?, power.clone(), &timers);
         acpi_pm.register(&mut bus)?;
         let pci = PciRoot::new(power.clone());
         pci.register(&mut bus)?;
-        let virtio = VirtioDevices::new(config, memory, &chips, &pci, &output)?;
+        let virtio = VirtioDevices::new(config, memory, &interrupts, &pci, &output)?;
         if config.debug_exit {
             bus.register_ports(ports::DEBUG_EXIT, 1, "debug exit", Arc::new(DebugExit::new(power)))?;
         }
-        Ok(Self { bus, chips, pit, serial, cmos, i8042, acpi_pm, pci, virtio, tsc_hz, _timers: timers })
+        Ok(Self { bus, interrupts, chips, serial, cmos, i8042, acpi_pm, pci, virtio, _timers: timers })
     }
 
     /// The bus, for the vCPUs.
@@ -115,19 +121,16 @@ impl Board {
         &self.bus
     }
 
-    /// Frequency of the TSC in Hz.
-    pub fn tsc_hz(&self) -> u64 {
-        self.tsc_hz
-    }
-
-    /// The local APIC of vCPU `id`.
+    /// The local APIC of vCPU `id`, unless the engine has it.
     pub fn local_apic(&self, id: VcpuId) -> Option<Arc<dyn LocalApic>> {
-        self.chips.local_apic(id).map(|apic| apic.clone() as Arc<dyn LocalApic>)
+        let (chips, _) = self.chips.as_ref()?;
+        chips.local_apic(id).map(|apic| apic.clone() as Arc<dyn LocalApic>)
     }
 
     /// Connects vCPU `id` to its local APIC.
     pub fn attach(&self, id: VcpuId, handle: Arc<dyn VcpuHandle>) {
-        if let Some(apic) = self.chips.local_apic(id) {
+        let apic = self.chips.as_ref().and_then(|(chips, _)| chips.local_apic(id));
+        if let Some(apic) = apic {
             apic.set_handle(handle);
         }
     }
@@ -149,7 +152,9 @@ impl Board {
 
     /// All devices back to the state after power-up. No vCPU may be running.
     pub fn reset(&self) {
-        self.pit.reset();
+        if let Some((_, pit)) = &self.chips {
+            pit.reset();
+        }
         self.serial.reset();
         self.cmos.reset();
         self.i8042.reset();
@@ -157,7 +162,7 @@ impl Board {
         self.virtio.reset();
         self.pci.reset();
         // Last: the devices have released their lines.
-        self.chips.reset();
+        self.interrupts.reset();
     }
 
     /// Input for the console, virtio or serial; returns how many bytes it took.

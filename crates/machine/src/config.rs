@@ -1,5 +1,6 @@
 //! What a machine is made from.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use berth_cpu::MAX_VCPUS;
@@ -14,6 +15,15 @@ pub enum EngineKind {
     Soft,
     /// /dev/kvm.
     Kvm,
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Soft => "soft",
+            Self::Kvm => "kvm",
+        })
+    }
 }
 
 /// The description of one machine.

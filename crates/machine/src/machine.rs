@@ -8,7 +8,9 @@ use std::thread::{self, JoinHandle};
 use berth_boot::{BootError, BootSource, Platform};
 use berth_cpu::VcpuId;
 use berth_devices::power::PowerSink;
-use berth_engine::{Engine, EngineError, InterruptControllers};
+use berth_devices::timer::tsc_hz;
+use berth_engine::{Engine, EngineError};
+use berth_engine_kvm::{KvmEngine, KvmOptions};
 use berth_engine_soft::{SoftEngine, SoftOptions};
 use berth_memory::{GuestMemory, MemoryError};
 use tracing::info;
@@ -40,12 +42,6 @@ pub enum MachineError {
     /// The devices.
     #[error(transparent)]
     Board(#[from] BoardError),
-    /// The engine is not part of this version.
-    #[error("the kvm engine is not available in this version of Berth: use the soft engine")]
-    NoKvm,
-    /// The engine has interrupt controllers of its own, which the board cannot drive.
-    #[error("the {0} engine brings its own interrupt controllers, which this version of Berth cannot use")]
-    ForeignInterruptControllers(&'static str),
     /// The host refused a thread.
     #[error("the host refused a thread for {what}: {source}")]
     Thread {
@@ -78,29 +74,31 @@ impl Machine {
     /// [`MachineError`]: bad description, bad files, or a host that lacks something.
     pub fn new(config: MachineConfig, console: Box<dyn Write + Send>) -> Result<Self, MachineError> {
         let kind = config.engine;
-        Self::with_engine(config, console, |memory, tsc_hz, config| match kind {
+        Self::with_engine(config, console, |memory, config| match kind {
             EngineKind::Soft => {
                 let options = SoftOptions {
                     code_cache_bytes: config.code_cache_bytes,
-                    tsc_hz,
+                    tsc_hz: tsc_hz(),
                     vm_name: config.name.clone(),
                     vcpus: config.vcpus,
                 };
                 Ok(Box::new(SoftEngine::new(memory, options)?))
             }
-            EngineKind::Kvm => Err(MachineError::NoKvm),
+            EngineKind::Kvm => {
+                let options = KvmOptions { vcpus: config.vcpus };
+                Ok(Box::new(KvmEngine::new(memory, options)?))
+            }
         })
     }
 
-    /// [`Self::new`] with an engine that `make` makes from guest memory, the TSC's frequency in Hz, and the
-    /// description.
+    /// [`Self::new`] with an engine that `make` makes from guest memory and the description.
     ///
     /// # Errors
     /// As [`Self::new`], and what `make` returns.
     pub fn with_engine(
         config: MachineConfig,
         console: Box<dyn Write + Send>,
-        make: impl FnOnce(GuestMemory, u64, &MachineConfig) -> Result<Box<dyn Engine>, MachineError>,
+        make: impl FnOnce(GuestMemory, &MachineConfig) -> Result<Box<dyn Engine>, MachineError>,
     ) -> Result<Self, MachineError> {
         config.check()?;
         let memory = GuestMemory::new(config.memory_bytes)?;
@@ -119,11 +117,8 @@ impl Machine {
             // After the machine's end nobody listens.
             let _ = power.send(Event::Power(event));
         });
-        let board = Arc::new(Board::new(&config, &memory, power, console)?);
-        let engine: Arc<dyn Engine> = make(memory.clone(), board.tsc_hz(), &config)?.into();
-        if engine.interrupt_controllers() == InterruptControllers::Engine {
-            return Err(MachineError::ForeignInterruptControllers(engine.name()));
-        }
+        let engine: Arc<dyn Engine> = make(memory.clone(), &config)?.into();
+        let board = Arc::new(Board::new(&config, &memory, engine.interrupt_controllers(), power, console)?);
         board.connect_engine(engine.clone());
         let context = VcpuContext {
             vm_name: config.name.clone(),

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
 use berth_boot::{BootSource, Platform};
-use berth_cpu::{CpuState, MpState, VcpuId};
+use berth_cpu::{ApicState, CpuState, MpState, VcpuId};
 use berth_devices::power::PowerEvent;
 use berth_engine::Engine;
 use berth_memory::GuestMemory;
@@ -134,11 +134,11 @@ impl Supervisor {
         self.enter(Phase::Loaded, Phase::Running);
         let waiting = CpuState { mp_state: MpState::WaitForSipi, ..CpuState::reset() };
         // Vcpu 0 last, so that the others are there when it sends the first IPI.
-        for vcpu in self.vcpus.iter_mut().skip(1) {
-            vcpu.start(waiting.clone());
-        }
-        if let Some(first) = self.vcpus.first_mut() {
-            first.start(self.entry.clone());
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate().rev() {
+            // There are at most 64.
+            let id = VcpuId(index as u8);
+            let state = if id.0 == 0 { &self.entry } else { &waiting };
+            vcpu.start(CpuState { apic: Some(Box::new(ApicState::reset(id))), ..state.clone() });
         }
     }
 

@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use berth_devices::irq::Interrupts;
 use berth_devices::irq::IrqError;
-use berth_devices::irqchip::InterruptChips;
 use berth_devices::pci::{PciError, PciRoot, intx_gsi};
 use berth_devices::thread_name;
 use berth_devices::virtio::balloon::{Balloon, BalloonFeatures};
@@ -114,7 +114,7 @@ impl VirtioDevices {
     pub fn new(
         config: &MachineConfig,
         memory: &GuestMemory,
-        chips: &Arc<InterruptChips>,
+        interrupts: &Interrupts,
         pci: &PciRoot,
         output: &Output,
     ) -> Result<Self, VirtioError> {
@@ -127,7 +127,7 @@ impl VirtioDevices {
             balloon: None,
             dma: Dma::new(memory.clone()),
         };
-        let wiring = Wiring { chips, pci };
+        let wiring = Wiring { interrupts, pci };
         let thread = |role: &str| thread_name(&config.name, role);
         for (index, disk) in options.disk.iter().enumerate() {
             let id = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
@@ -180,8 +180,8 @@ impl VirtioDevices {
         if place > MAX_DEVICES {
             return Err(VirtioError::TooMany);
         }
-        let line = wiring.chips.line(intx_gsi(place, 0))?;
-        let pci = PciWiring { dma: self.dma.clone(), msi: wiring.chips.clone(), line };
+        let line = wiring.interrupts.line(intx_gsi(place, 0))?;
+        let pci = PciWiring { dma: self.dma.clone(), msi: Arc::new(wiring.interrupts.clone()), line };
         let function = Arc::new(VirtioPci::new(device, name, pci)?);
         wiring.pci.add(place, 0, function.clone())?;
         self.functions.push(function);
@@ -240,7 +240,7 @@ impl VirtioDevices {
 
 /// What all devices are wired to.
 struct Wiring<'a> {
-    chips: &'a Arc<InterruptChips>,
+    interrupts: &'a Interrupts,
     pci: &'a PciRoot,
 }
 

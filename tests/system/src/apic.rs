@@ -1,12 +1,12 @@
 //! A local APIC for scripts: it holds what was posted, in order of priority, and takes IPIs through the x2APIC's
-//! ICR. It has no priorities of its own and no in-service register.
+//! ICR. It has no in-service register. With an engine that has local APICs of its own it only posts to them.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use berth_cpu::msr;
-use berth_engine::{ApicEvent, LocalApic, MsrFault, VcpuHandle};
+use berth_cpu::{ApicState, VcpuId, apic, msr};
+use berth_engine::{ApicEvent, InterruptControllers, InterruptSink, LocalApic, MsrFault, VcpuHandle};
 use berth_memory::GuestPhysAddr;
 use parking_lot::Mutex;
 
@@ -34,11 +34,13 @@ pub struct TestApic {
     posted: Mutex<Posted>,
     cr8: AtomicU8,
     acknowledged: AtomicU32,
+    /// The engine's controllers, where it has them.
+    sink: Option<Arc<dyn InterruptSink>>,
 }
 
 impl TestApic {
     /// The APIC of vCPU `id`; IPIs go to those in `all`.
-    pub fn new(id: u8, all: &Arc<Apics>) -> Self {
+    pub fn new(id: u8, all: &Arc<Apics>, controllers: InterruptControllers) -> Self {
         Self {
             id,
             all: Arc::downgrade(all),
@@ -46,6 +48,10 @@ impl TestApic {
             posted: Mutex::default(),
             cr8: AtomicU8::new(0),
             acknowledged: AtomicU32::new(0),
+            sink: match controllers {
+                InterruptControllers::Devices => None,
+                InterruptControllers::Engine(sink) => Some(sink),
+            },
         }
     }
 
@@ -56,19 +62,48 @@ impl TestApic {
 
     /// Posts an interrupt.
     pub fn post(&self, vector: u8) {
+        if let Some(sink) = &self.sink {
+            // A local APIC refuses vectors below 16, which is what such a case is about.
+            sink.signal_msi(self.msi_address(), vector.into());
+            return;
+        }
         self.posted.lock().vectors.insert(vector);
         self.kick();
     }
 
     /// Posts an NMI, INIT or start-up IPI.
     pub fn event(&self, event: ApicEvent) {
+        if let Some(sink) = &self.sink {
+            let (mode, vector) = match event {
+                ApicEvent::Nmi => (4, 0),
+                ApicEvent::Init => (5, 0),
+                ApicEvent::Startup { vector } => (6, vector),
+            };
+            assert!(sink.signal_msi(self.msi_address(), mode << 8 | u32::from(vector)), "{event:?} is lost");
+            return;
+        }
         self.posted.lock().events.push(event);
         self.kick();
     }
 
-    /// How many interrupts the vCPU has taken.
-    pub fn acknowledged(&self) -> u32 {
-        self.acknowledged.load(Ordering::SeqCst)
+    /// How many interrupts the vCPU has taken; an engine does not tell.
+    pub fn acknowledged(&self) -> Option<u32> {
+        self.sink.is_none().then(|| self.acknowledged.load(Ordering::SeqCst))
+    }
+
+    /// Address of messages to this APIC (SDM volume 3, 11.11.1).
+    fn msi_address(&self) -> u64 {
+        0xfee0_0000 | u64::from(self.id) << 12
+    }
+
+    /// The state that an engine's local APIC starts in, so that it takes what cases post: x2APIC mode, enabled.
+    pub fn start_state(&self) -> Option<Box<ApicState>> {
+        self.sink.as_ref()?;
+        let mut state = ApicState::reset(VcpuId(self.id));
+        state.base |= apic::base::X2APIC;
+        state.set(apic::offset::SVR, 0x1ff);
+        state.set(apic::offset::LVT_LINT0, apic::LVT_MASKED);
+        Some(Box::new(state))
     }
 
     fn kick(&self) {
@@ -159,5 +194,25 @@ impl LocalApic for TestApic {
     fn reset(&self, _: bool) {
         self.posted.lock().vectors.clear();
         self.set_cr8(0);
+    }
+
+    /// Of the registers it has the task priority and the requests.
+    fn state(&self) -> ApicState {
+        let mut state = ApicState::reset(VcpuId(self.id));
+        state.base |= apic::base::X2APIC;
+        state.set(apic::offset::SVR, 0x1ff);
+        state.set(apic::offset::TPR, u32::from(self.cr8()) << 4);
+        for &vector in &self.posted.lock().vectors {
+            let at = apic::offset::IRR + u16::from(vector >> 5) * 16;
+            state.set(at, state.get(at) | 1 << (vector & 31));
+        }
+        state
+    }
+
+    fn set_state(&self, state: &ApicState) {
+        self.set_cr8((state.get(apic::offset::TPR) >> 4) as u8 & 0xf);
+        let asked = |v: &u8| state.get(apic::offset::IRR + u16::from(v >> 5) * 16) >> (v & 31) & 1 != 0;
+        self.posted.lock().vectors = (0..=u8::MAX).filter(asked).collect();
+        self.kick();
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
 use berth_cpu::{CpuState, VcpuId};
-use berth_engine::{Engine, Exit, LocalApic, Vcpu};
+use berth_engine::{Engine, Exit, InterruptControllers, LocalApic, Vcpu};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use iced_x86::BlockEncoderOptions;
 use iced_x86::code_asm::{CodeAssembler, CodeLabel};
@@ -138,9 +138,15 @@ impl Guest {
 
     fn add_vcpus(&mut self, apics: &Arc<Apics>) {
         for id in 0..self.options.vcpus {
-            let apic = Arc::new(TestApic::new(id, apics));
-            let given = Arc::clone(&apic) as Arc<dyn LocalApic>;
-            let vcpu = self.engine.create_vcpu(VcpuId(id), Some(given)).expect("a vCPU");
+            let controllers = self.engine.interrupt_controllers();
+            let is_device = matches!(controllers, InterruptControllers::Devices);
+            let apic = Arc::new(TestApic::new(id, apics, controllers));
+            let given = is_device.then(|| Arc::clone(&apic) as Arc<dyn LocalApic>);
+            let mut vcpu = self.engine.create_vcpu(VcpuId(id), given).expect("a vCPU");
+            if let Some(apic) = apic.start_state() {
+                vcpu.set_state(&CpuState { apic: Some(apic), ..CpuState::reset() })
+                    .expect("a possible state");
+            }
             apic.connect(vcpu.handle());
             let bus = TestBus::new(Arc::clone(&self.devices), vcpu.handle());
             let mut waiting = CpuState::reset();

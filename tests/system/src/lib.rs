@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A case assembles a few instructions, runs them and looks at what came out. No case names an engine: all of
-//! them go through [`engine::create`].
+//! them go through [`engine::create`], and [`run`] runs each on every engine. What an engine cannot run on some host
+//! is in [`limits`], by name and with the reason.
 
 #![allow(clippy::missing_panics_doc, reason = "a kit for tests: it panics when the case is wrong")]
 
@@ -19,13 +20,16 @@ pub mod end;
 pub mod engine;
 pub mod guest;
 pub mod layout;
+pub mod limits;
 pub mod mode;
 pub mod paging;
+pub mod run;
 
 /// What nearly every case uses.
 pub mod prelude {
     pub use crate::asm;
     pub use crate::asm::Kit;
+    pub use crate::cases;
     pub use crate::end::{End, Frame, Why};
     pub use crate::guest::{Gate, Guest, Options};
     pub use crate::layout::*;

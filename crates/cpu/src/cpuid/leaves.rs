@@ -31,7 +31,7 @@ mod kvm {
     pub const PV_SEND_IPI: u32 = 1 << 11;
     pub const PV_SCHED_YIELD: u32 = 1 << 13;
     pub const CLOCKSOURCE_STABLE: u32 = 1 << 24;
-    /// What Berth implements.
+    /// What the soft engine implements.
     pub const ALL: u32 = CLOCKSOURCE
         | NOP_IO_DELAY
         | CLOCKSOURCE2
@@ -73,7 +73,11 @@ pub(super) fn build(
     builder.xsave();
     builder.frequencies(tsc_hz, bus_hz);
     builder.address_sizes(physical_bits);
-    builder.hypervisor(tsc_hz, bus_hz);
+    let paravirtual = match engine {
+        EngineFeatures::Soft => kvm::ALL,
+        EngineFeatures::Hardware => kvm::ALL & host(HYPERVISOR_BASE + 1, 0).eax,
+    };
+    builder.hypervisor(paravirtual, tsc_hz, bus_hz);
     builder.feature_bits();
     CpuidModel {
         vendor,
@@ -99,7 +103,7 @@ fn select_features(
     let mut features = FeatureSet::select(vendor, engine == EngineFeatures::Soft, host_has);
     // AVX works in this process only if the host's operating system enabled it.
     const HOST_OSXSAVE: u32 = 1 << 27;
-    if host_leaf(host, 1, 0).ecx & HOST_OSXSAVE == 0 {
+    if engine == EngineFeatures::Soft && host_leaf(host, 1, 0).ecx & HOST_OSXSAVE == 0 {
         use Feature::{Avx, Avx2, F16c, Fma, Vaes, Vpclmulqdq};
         [Avx, Avx2, Fma, F16c, Vaes, Vpclmulqdq].into_iter().for_each(|f| features.remove(f));
     }
@@ -244,11 +248,11 @@ impl Builder<'_> {
     }
 
     /// KVM's leaves, and the frequencies in kHz at 0x40000010 as VMware defined them.
-    fn hypervisor(&mut self, tsc_hz: u64, bus_hz: u64) {
+    fn hypervisor(&mut self, paravirtual: u32, tsc_hz: u64, bus_hz: u64) {
         const TIMING: u32 = HYPERVISOR_BASE + 0x10;
         let [ebx, ecx, edx] = KVM_SIGNATURE;
         self.put(HYPERVISOR_BASE, 0, TIMING, ebx, ecx, edx);
-        self.put(HYPERVISOR_BASE + 1, 0, kvm::ALL, 0, 0, 0);
+        self.put(HYPERVISOR_BASE + 1, 0, paravirtual, 0, 0, 0);
         let khz = |hz: u64| u32::try_from(hz / 1000).unwrap_or(0);
         self.put(TIMING, 0, khz(tsc_hz), khz(bus_hz), 0, 0);
     }

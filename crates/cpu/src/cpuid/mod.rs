@@ -169,6 +169,18 @@ impl CpuidModel {
         regs
     }
 
+    /// Every leaf that is not all zeros, for an engine that answers CPUID from a table: leaf, subleaf where the
+    /// output depends on it, and the output as [`Self::cpuid`] gives it.
+    pub fn entries<'a>(
+        &'a self,
+        context: &'a CpuidContext,
+    ) -> impl Iterator<Item = (u32, Option<u32>, CpuidRegs)> + 'a {
+        self.leaves.iter().map(move |&(leaf, subleaf, _)| {
+            let indexed = leaves::HAS_SUBLEAVES.contains(&leaf).then_some(subleaf);
+            (leaf, indexed, self.cpuid(leaf, subleaf, context))
+        })
+    }
+
     /// Intel's CPUs answer leaves that they do not have as the highest basic leaf, AMD's as zeros.
     fn known_leaf(&self, leaf: u32) -> u32 {
         let known = match leaf >> 28 {

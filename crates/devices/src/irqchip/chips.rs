@@ -14,11 +14,9 @@ use super::lapic::Lapic;
 use super::message::{DeliveryMode, Message};
 use super::pic::{Pic, PicPort, PicSelect};
 use crate::bus::{BusError, MachineBus, MmioDevice, PortDevice};
-use crate::irq::{IrqError, IrqLine};
+use crate::irq::{InterruptController, Interrupts, IrqError, IrqLine, Wires};
 use crate::timer::{Timers, TscClock};
 
-/// The PIC's input that its slave drives: no line of a device.
-const CASCADE_IRQ: u8 = 2;
 /// Interrupts that the PIC has inputs for.
 const PIC_IRQS: u8 = 16;
 /// The I/O APIC's pin of ISA interrupt 0, as the MADT's override says.
@@ -44,8 +42,7 @@ type VcpuSet = u64;
 /// PIC, IOAPIC and all local APICs of one VM.
 pub struct InterruptChips {
     lapics: Vec<Arc<Lapic>>,
-    /// By interrupt: how many lines assert it.
-    lines: Mutex<[u32; PINS as usize]>,
+    lines: Mutex<Wires>,
     pic: Mutex<PicState>,
     ioapic: Mutex<IoApic>,
     /// Where the search for the lowest priority begins, so that equals take turns.
@@ -63,7 +60,7 @@ impl InterruptChips {
         }
         Ok(Arc::new_cyclic(|chips| Self {
             lapics: (0..vcpus).map(|id| Lapic::new(VcpuId(id), chips.clone(), timers, tsc.clone())).collect(),
-            lines: Mutex::new([0; PINS as usize]),
+            lines: Mutex::default(),
             pic: Mutex::new(PicState { pic: Pic::default(), intr: false }),
             ioapic: Mutex::default(),
             turn: AtomicUsize::new(0),
@@ -75,17 +72,12 @@ impl InterruptChips {
         self.lapics.get(usize::from(id.0))
     }
 
-    /// A new line for a device to interrupt `irq` with: 0 to 15 are the ISA interrupts, at the PIC's inputs and
-    /// the IOAPIC's pins of the same number (except 0, which has pin 2); 16 to 23 are the IOAPIC's other pins.
-    /// An interrupt is asserted while any of its lines is.
+    /// [`Interrupts::line`] of these controllers.
     ///
     /// # Errors
-    /// [`IrqError`] for 2, which is the PIC's cascade, and beyond 23.
+    /// As there.
     pub fn line(self: &Arc<Self>, irq: u8) -> Result<IrqLine, IrqError> {
-        if irq == CASCADE_IRQ || irq >= PINS {
-            return Err(IrqError { irq });
-        }
-        Ok(IrqLine::new(self.clone(), irq))
+        Interrupts::new(self.clone()).line(irq)
     }
 
     /// Puts PIC and IOAPIC on the bus.
@@ -101,34 +93,6 @@ impl InterruptChips {
         bus.register_mmio(IOAPIC_BASE, ioapic::MMIO_SIZE, "IOAPIC", Arc::new(IoApicPage(self.clone())))
     }
 
-    /// Back to the state after RESET. Lines stay as devices drive them.
-    pub fn reset(&self) {
-        let lines = self.lines.lock();
-        let asserted = (0..PINS).filter(|&irq| lines[usize::from(irq)] != 0);
-        let mut ioapic = IoApic::default();
-        let mut pic = Pic::default();
-        for irq in asserted {
-            pic.set_line(irq, true);
-            // Every pin is masked.
-            ioapic.set_line(pin(irq), true);
-        }
-        *self.ioapic.lock() = ioapic;
-        let ((), kicks) = self.change_pic(|p| *p = pic);
-        drop(lines);
-        self.kick(kicks);
-        self.lapics.iter().for_each(|lapic| lapic.reset(false));
-    }
-
-    /// Delivers a message signalled interrupt: a write of `data` to `address` by a device. Returns whether a local
-    /// APIC took it.
-    pub fn deliver_msi(&self, address: u64, data: u32) -> bool {
-        let Some(message) = Message::from_msi(address, data) else {
-            trace!("MSI of {data:#x} to {address:#x} is outside of the APICs' window");
-            return false;
-        };
-        self.deliver(&message)
-    }
-
     /// Sends an NMI to pin LINT1 of every local APIC, as a PC's NMI button does.
     pub fn raise_nmi(&self) {
         self.lapics.iter().for_each(|lapic| lapic.raise_lint1());
@@ -136,7 +100,7 @@ impl InterruptChips {
 
     /// Whether any line asserts `irq`.
     pub fn is_asserted(&self, irq: u8) -> bool {
-        self.lines.lock().get(usize::from(irq)).is_some_and(|&n| n != 0)
+        self.lines.lock().is_asserted(irq)
     }
 
     /// Delivers `message` to its destinations. Returns whether a local APIC took it.
@@ -199,22 +163,6 @@ impl InterruptChips {
         }
     }
 
-    /// One line of `irq` rose or fell.
-    pub(crate) fn change_line(&self, irq: u8, level: bool) {
-        let mut lines = self.lines.lock();
-        let Some(count) = lines.get_mut(usize::from(irq)) else { return };
-        let was = *count != 0;
-        *count = if level { count.saturating_add(1) } else { count.saturating_sub(1) };
-        if was == (*count != 0) {
-            return;
-        }
-        let kicks = if irq < PIC_IRQS { self.change_pic(|pic| pic.set_line(irq, level)).1 } else { 0 };
-        let sent = self.ioapic.lock().set_line(pin(irq), level);
-        drop(lines);
-        self.kick(kicks);
-        self.send(sent);
-    }
-
     /// Changes the PIC, and lets the local APICs follow its output. Gives the vCPUs to be kicked once no lock is
     /// held.
     fn change_pic<R>(&self, change: impl FnOnce(&mut Pic) -> R) -> (R, VcpuSet) {
@@ -245,6 +193,45 @@ impl InterruptChips {
                 self.ioapic.lock().undelivered(pin);
             }
         }
+    }
+}
+
+impl InterruptController for InterruptChips {
+    fn change_line(&self, irq: u8, asserted: bool) {
+        let mut lines = self.lines.lock();
+        if !lines.change(irq, asserted) {
+            return;
+        }
+        let kicks = if irq < PIC_IRQS { self.change_pic(|pic| pic.set_line(irq, asserted)).1 } else { 0 };
+        let sent = self.ioapic.lock().set_line(pin(irq), asserted);
+        drop(lines);
+        self.kick(kicks);
+        self.send(sent);
+    }
+
+    fn deliver_msi(&self, address: u64, data: u32) -> bool {
+        let Some(message) = Message::from_msi(address, data) else {
+            trace!("MSI of {data:#x} to {address:#x} is outside of the APICs' window");
+            return false;
+        };
+        self.deliver(&message)
+    }
+
+    fn reset(&self) {
+        let lines = self.lines.lock();
+        let asserted = (0..PINS).filter(|&irq| lines.is_asserted(irq));
+        let mut ioapic = IoApic::default();
+        let mut pic = Pic::default();
+        for irq in asserted {
+            pic.set_line(irq, true);
+            // Every pin is masked.
+            ioapic.set_line(pin(irq), true);
+        }
+        *self.ioapic.lock() = ioapic;
+        let ((), kicks) = self.change_pic(|p| *p = pic);
+        drop(lines);
+        self.kick(kicks);
+        self.lapics.iter().for_each(|lapic| lapic.reset(false));
     }
 }
 

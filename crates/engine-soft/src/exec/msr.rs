@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::_rdtsc;
 
+use berth_cpu::ApicState;
 use berth_cpu::bits::{cr0, efer};
 use berth_cpu::cpuid::{CpuidModel, Feature};
 use berth_cpu::msr as n;
@@ -186,15 +187,30 @@ pub fn save(cpu: &mut Cpu) -> Vec<(u32, u64)> {
     list
 }
 
-/// Writes what [`save`] returned. The caller restores guest memory first.
+/// Writes what [`save`] of this or another engine returned. The caller restores guest memory first. Registers that
+/// this CPU model does not have are left out, unless guests depend on them and use them.
 ///
 /// # Errors
 /// The number of the first register that does not take its value.
 pub fn restore(cpu: &mut Cpu, list: &[(u32, u64)]) -> Result<(), u32> {
     for &(number, value) in list {
-        write(cpu, number, value).map_err(|_| number)?;
+        if write(cpu, number, value).is_err() && n::is_essential(number) && value != 0 {
+            return Err(number);
+        }
     }
     Ok(())
+}
+
+/// The local APIC's registers, with the deadline as the guest counts.
+pub fn save_apic(cpu: &Cpu) -> ApicState {
+    let mut apic = cpu.apic.state();
+    apic.tsc_deadline = read_deadline(cpu).unwrap_or(0);
+    apic
+}
+
+/// Writes what [`save_apic`] returned; the time-stamp counter is restored before.
+pub fn restore_apic(cpu: &Cpu, apic: &ApicState) {
+    cpu.apic.set_state(&ApicState { tsc_deadline: host_deadline(cpu, apic.tsc_deadline), ..apic.clone() });
 }
 
 pub(super) fn no_read(_: &mut Cpu) -> Guest<u64> {
@@ -248,8 +264,12 @@ fn read_deadline(cpu: &Cpu) -> Guest<u64> {
 }
 
 fn write_deadline(cpu: &Cpu, value: u64) -> Guest<()> {
-    let host = if value == 0 { 0 } else { value.wrapping_sub(cpu.msrs.tsc_offset).max(1) };
-    cpu.apic.write_msr(n::IA32_TSC_DEADLINE, host).map_err(|_| Fault::gp(0))
+    cpu.apic.write_msr(n::IA32_TSC_DEADLINE, host_deadline(cpu, value)).map_err(|_| Fault::gp(0))
+}
+
+/// The deadline as the local APIC counts, in ticks of the host's counter.
+fn host_deadline(cpu: &Cpu, value: u64) -> u64 {
+    if value == 0 { 0 } else { value.wrapping_sub(cpu.msrs.tsc_offset).max(1) }
 }
 
 pub(super) fn read_efer(cpu: &mut Cpu) -> Guest<u64> {

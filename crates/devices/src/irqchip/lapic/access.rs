@@ -1,13 +1,13 @@
 //! Reads and writes of the registers, by page (xAPIC) and by MSR (x2APIC; SDM volume 3, 11.12).
 
+use berth_cpu::apic::base::{
+    ADDRESS as BASE_ADDRESS, BSP as BASE_BSP, ENABLE as BASE_ENABLE, X2APIC as BASE_X2APIC,
+};
 use berth_cpu::msr::{IA32_APIC_BASE, IA32_TSC_DEADLINE, X2APIC_FIRST, X2APIC_LAST};
 use berth_engine::MsrFault;
 
 use super::Lapic;
-use super::registers::{
-    BASE_ADDRESS, BASE_BSP, BASE_ENABLE, BASE_X2APIC, ESR_ILLEGAL_REGISTER, Lvt, Registers, SVR_WRITABLE,
-    VERSION, offset,
-};
+use super::registers::{ESR_ILLEGAL_REGISTER, Lvt, Registers, SVR_WRITABLE, VERSION, offset};
 use super::timer::Mode;
 use crate::bytes;
 
@@ -34,7 +34,7 @@ const ICR_RESERVED: u64 = 0xfff3_2000;
 
 impl Lapic {
     /// What a register reads as, or `None` if it cannot be read in this mode.
-    fn read_register(&self, regs: &Registers, at: u16) -> Option<u32> {
+    pub(super) fn read_register(&self, regs: &Registers, at: u16) -> Option<u32> {
         let x2apic = regs.is_x2apic();
         let word = usize::from(at >> 4 & 7);
         Some(match at {
@@ -241,7 +241,7 @@ impl Lapic {
         // Which vCPU is the bootstrap processor does not change.
         let base = value & !BASE_BSP | regs.base & BASE_BSP;
         if new == 0 {
-            *regs = Registers::new(regs.is_bsp());
+            *regs = Registers::new(self.id());
             self.clear_requests();
             self.arm_timer(regs);
         }

@@ -11,6 +11,7 @@
 
 mod access;
 mod registers;
+mod state;
 mod timer;
 mod vcpu;
 
@@ -76,7 +77,7 @@ impl Lapic {
                     lapic.timer_expired();
                 }
             });
-            let registers = Registers::new(id.0 == 0);
+            let registers = Registers::new(id);
             Self {
                 flags: AtomicU32::new(0),
                 ppr: AtomicU8::new(0),

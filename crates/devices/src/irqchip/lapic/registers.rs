@@ -1,45 +1,12 @@
 //! The local APIC's registers that only its own vCPU and its timer change (SDM volume 3, 11.4 to 11.8).
 
-use berth_memory::layout::LAPIC_BASE;
+use berth_cpu::ApicState;
+use berth_cpu::apic::base::{BSP as BASE_BSP, ENABLE as BASE_ENABLE, X2APIC as BASE_X2APIC};
+pub(super) use berth_cpu::apic::{LVT_MASKED, offset};
+use berth_engine::VcpuId;
 
 use super::timer::{CountDown, Mode};
 use crate::irqchip::message::Route;
-
-/// Register offsets in the xAPIC page; x2APIC's MSR numbers are 0x800 plus the offset divided by 16.
-#[allow(missing_docs)]
-pub(super) mod offset {
-    pub const ID: u16 = 0x20;
-    pub const VERSION: u16 = 0x30;
-    pub const TPR: u16 = 0x80;
-    pub const APR: u16 = 0x90;
-    pub const PPR: u16 = 0xa0;
-    pub const EOI: u16 = 0xb0;
-    pub const RRD: u16 = 0xc0;
-    pub const LDR: u16 = 0xd0;
-    pub const DFR: u16 = 0xe0;
-    pub const SVR: u16 = 0xf0;
-    pub const ISR: u16 = 0x100;
-    pub const TMR: u16 = 0x180;
-    pub const IRR: u16 = 0x200;
-    pub const ESR: u16 = 0x280;
-    pub const ICR: u16 = 0x300;
-    pub const ICR_HIGH: u16 = 0x310;
-    pub const LVT_TIMER: u16 = 0x320;
-    pub const LVT_ERROR: u16 = 0x370;
-    pub const INITIAL_COUNT: u16 = 0x380;
-    pub const CURRENT_COUNT: u16 = 0x390;
-    pub const DIVIDE: u16 = 0x3e0;
-    pub const SELF_IPI: u16 = 0x3f0;
-}
-
-/// IA32_APIC_BASE: this is the bootstrap processor.
-pub(super) const BASE_BSP: u64 = 1 << 8;
-/// IA32_APIC_BASE: x2APIC mode.
-pub(super) const BASE_X2APIC: u64 = 1 << 10;
-/// IA32_APIC_BASE: enabled.
-pub(super) const BASE_ENABLE: u64 = 1 << 11;
-/// IA32_APIC_BASE: the address of the register page, in the largest physical address space (52 bits).
-pub(super) const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Version 0x14, six LVT entries, EOI broadcasts can be suppressed.
 pub(super) const VERSION: u32 = 0x14 | 5 << 16 | 1 << 24;
@@ -57,9 +24,6 @@ pub(super) const ESR_SEND_ILLEGAL: u32 = 1 << 5;
 pub(super) const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
 /// ESR: an access to a register that does not exist.
 pub(super) const ESR_ILLEGAL_REGISTER: u32 = 1 << 7;
-
-/// LVT: masked.
-pub(super) const LVT_MASKED: u32 = 1 << 16;
 
 /// Index of an LVT entry, in the order of the offsets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,29 +83,34 @@ pub(super) struct Registers {
 }
 
 impl Registers {
-    /// The state after RESET. The bootstrap processor's LINT pins are as firmware leaves them, because Linux is
-    /// started without one: the PIC at LINT0 (virtual wire), NMI at LINT1 (MultiProcessor Specification 1.4,
-    /// 3.6.2.2).
-    pub fn new(bsp: bool) -> Self {
-        let mut lvt = [LVT_MASKED; 6];
-        if bsp {
-            lvt[Lvt::Lint0 as usize] = 0x700;
-            lvt[Lvt::Lint1 as usize] = 0x400;
-        }
-        Self {
-            base: LAPIC_BASE.0 | BASE_ENABLE | if bsp { BASE_BSP } else { 0 },
-            tpr: 0,
-            ldr: 0,
-            dfr: u32::MAX,
-            svr: 0xff,
-            isr: [0; 8],
-            lvt,
-            icr: 0,
-            esr: 0,
+    /// The state after RESET; see [`ApicState::reset`].
+    pub fn new(id: VcpuId) -> Self {
+        Self::from_state(&ApicState::reset(id))
+    }
+
+    /// From a saved state: all but IRR, TMR, the timer's count and its deadline. Bits that the guest could not
+    /// have set are dropped.
+    pub fn from_state(state: &ApicState) -> Self {
+        let word = |i: usize| state.get(offset::ISR + 16 * i as u16);
+        let mut registers = Self {
+            base: state.base,
+            tpr: state.get(offset::TPR) as u8,
+            ldr: state.get(offset::LDR) & 0xff00_0000,
+            dfr: state.get(offset::DFR) | 0x0fff_ffff,
+            svr: state.get(offset::SVR) & SVR_WRITABLE,
+            isr: std::array::from_fn(word),
+            lvt: [LVT_MASKED; 6],
+            icr: u64::from(state.get(offset::ICR)) | u64::from(state.get(offset::ICR_HIGH)) << 32,
+            esr: state.get(offset::ESR),
             errors: 0,
             count: CountDown::default(),
             tsc_deadline: 0,
+        };
+        for (i, entry) in registers.lvt.iter_mut().enumerate() {
+            let at = offset::LVT_TIMER + 16 * i as u16;
+            *entry = state.get(at) & Lvt::from_offset(at).map_or(0, Lvt::defined);
         }
+        registers
     }
 
     pub fn is_bsp(&self) -> bool {
@@ -237,7 +206,7 @@ mod tests {
 
     #[test]
     fn priority_is_the_higher_class_of_task_and_interrupt_in_service() {
-        let mut r = Registers::new(true);
+        let mut r = Registers::new(VcpuId(0));
         r.tpr = 0x35;
         assert_eq!(r.ppr(), 0x35);
         r.set_in_service(0x31);
@@ -251,7 +220,7 @@ mod tests {
 
     #[test]
     fn disabling_by_software_masks_every_entry_for_good() {
-        let mut r = Registers::new(true);
+        let mut r = Registers::new(VcpuId(0));
         assert!(r.accepts_extint());
         r.set_svr(0x1ff);
         r.set_lvt(Lvt::Error, 0xffff_fefe);
@@ -266,7 +235,7 @@ mod tests {
 
     #[test]
     fn x2apic_derives_the_logical_id() {
-        let mut r = Registers::new(false);
+        let mut r = Registers::new(VcpuId(1));
         r.base |= BASE_X2APIC;
         assert_eq!(r.effective_ldr(0x25), 0x0002_0020);
     }

@@ -55,6 +55,14 @@ impl CountDown {
         self.expiry = (initial != 0).then(|| now.saturating_add(self.period()));
     }
 
+    /// Goes on where a saved timer was: `left` of `initial` counts are left; 0 is a timer that stands.
+    pub fn resume(&mut self, divide: u32, initial: u32, left: u32, now: Nanos) {
+        self.divide = divide & 0xb;
+        self.initial = initial;
+        let left = u64::from(left.min(initial)) * self.divisor();
+        self.expiry = (left != 0).then(|| now.saturating_add(left));
+    }
+
     /// Stops without changing the initial count.
     pub fn stop(&mut self) {
         self.expiry = None;

@@ -2,13 +2,13 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
+use berth_cpu::ApicState;
+use berth_cpu::apic::base::{ADDRESS as BASE_ADDRESS, ENABLE as BASE_ENABLE, X2APIC as BASE_X2APIC};
 use berth_engine::{ApicEvent, LocalApic, MsrFault};
 use berth_memory::GuestPhysAddr;
 
 use super::access::Effect;
-use super::registers::{
-    BASE_ADDRESS, BASE_ENABLE, BASE_X2APIC, ESR_SEND_ILLEGAL, Registers, SVR_SUPPRESS_EOI,
-};
+use super::registers::{ESR_SEND_ILLEGAL, Registers, SVR_SUPPRESS_EOI};
 use super::{EXTINT, FIRST_VECTOR, INIT, INTERRUPT, Lapic, NMI, STARTUP, STARTUP_SHIFT, STARTUP_VECTOR};
 use crate::irqchip::message::{DeliveryMode, Message};
 
@@ -190,7 +190,7 @@ impl LocalApic for Lapic {
     fn reset(&self, init: bool) {
         let mut regs = self.registers.lock();
         let base = regs.base;
-        *regs = Registers::new(regs.is_bsp());
+        *regs = Registers::new(self.id());
         if init {
             regs.base = base;
         } else {
@@ -202,6 +202,14 @@ impl LocalApic for Lapic {
         self.arm_timer(&regs);
         drop(regs);
         self.perform(Effect::Lint0);
+    }
+
+    fn state(&self) -> ApicState {
+        self.save()
+    }
+
+    fn set_state(&self, state: &ApicState) {
+        self.restore(state);
     }
 }
 

@@ -63,6 +63,10 @@ impl LocalApic for Recorder {
         self.others_wait.load(Ordering::SeqCst)
     }
     fn reset(&self, _: bool) {}
+    fn state(&self) -> berth_cpu::ApicState {
+        berth_cpu::ApicState::reset(berth_cpu::VcpuId(0))
+    }
+    fn set_state(&self, _: &berth_cpu::ApicState) {}
 }
 
 fn machine() -> (Machine, Arc<Recorder>) {

@@ -1,3 +1,4 @@
+use crate::irq::InterruptController;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -26,7 +26,6 @@ fn taken_at<const N: usize>(build: impl FnOnce(&mut CodeAssembler) -> [CodeLabel
     (g.run(main).vector(VECTOR).rip, labels)
 }
 
-#[test]
 fn sti_shadows_one_instruction() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -36,7 +35,6 @@ fn sti_shadows_one_instruction() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn sti_and_cli_leave_no_window() {
     let mut g = Guest::long();
     let main = g.code(|a| {
@@ -46,7 +44,6 @@ fn sti_and_cli_leave_no_window() {
     g.run(main).done();
 }
 
-#[test]
 fn a_second_sti_does_not_prolong_the_shadow() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -56,7 +53,6 @@ fn a_second_sti_does_not_prolong_the_shadow() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn mov_ss_shadows_one_instruction() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -66,7 +62,6 @@ fn mov_ss_shadows_one_instruction() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn pop_ss_shadows_one_instruction() {
     let mut g = Guest::mode(Mode::Protected32);
     let (main, [expected]) = g.code_with(|a| {
@@ -78,7 +73,6 @@ fn pop_ss_shadows_one_instruction() {
     assert_eq!(g.run(main).vector(VECTOR).rip, expected);
 }
 
-#[test]
 fn popf_has_no_shadow() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -88,7 +82,6 @@ fn popf_has_no_shadow() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn iret_has_no_shadow() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -99,7 +92,6 @@ fn iret_has_no_shadow() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn the_handler_of_an_interrupt_gate_is_not_interrupted() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -114,7 +106,6 @@ fn the_handler_of_an_interrupt_gate_is_not_interrupted() {
     assert_eq!(u64::from(g.log()[0]) & rflags::IF, 0);
 }
 
-#[test]
 fn a_trap_gate_leaves_if_alone() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -125,7 +116,6 @@ fn a_trap_gate_leaves_if_alone() {
     assert_ne!(u64::from(g.log()[0]) & rflags::IF, 0);
 }
 
-#[test]
 fn sti_hlt_wakes_and_returns_after_the_hlt() {
     let (rip, [expected]) = taken_at(|a| {
         let mut after = a.create_label();
@@ -135,7 +125,6 @@ fn sti_hlt_wakes_and_returns_after_the_hlt() {
     assert_eq!(rip, expected);
 }
 
-#[test]
 fn hlt_waits_for_an_interrupt_from_another_thread() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -155,7 +144,6 @@ fn hlt_waits_for_an_interrupt_from_another_thread() {
     poster.join().unwrap();
 }
 
-#[test]
 fn hlt_without_if_wakes_only_for_nmi() {
     let mut g = Guest::long();
     let (main, [expected]) = g.code_with(|a| {
@@ -173,7 +161,6 @@ fn hlt_without_if_wakes_only_for_nmi() {
     poster.join().unwrap();
 }
 
-#[test]
 fn cr8_holds_interrupts_back() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -188,7 +175,6 @@ fn cr8_holds_interrupts_back() {
     assert_eq!(g.log(), [1]);
 }
 
-#[test]
 fn the_highest_vector_comes_first() {
     let mut g = Guest::long();
     for vector in [0x21, 0x2f, 0x28] {
@@ -205,14 +191,12 @@ fn the_highest_vector_comes_first() {
     assert_eq!(g.log(), [0x2f, 0x28, 0x21]);
 }
 
-#[test]
 fn an_nmi_ignores_if() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; mov(edx, u32::from(port::NMI)); out(dx, al); nop(); bytes(&[0xeb, 0xfe])));
     g.run(main).vector(vector::NMI);
 }
 
-#[test]
 fn nmis_wait_until_iret() {
     let mut g = Guest::long();
     // The handler posts another NMI at its first entry; it must come only after the IRET.
@@ -232,7 +216,6 @@ fn nmis_wait_until_iret() {
     assert!(!end.state.nmi_blocked);
 }
 
-#[test]
 fn nmi_is_blocked_in_its_handler() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; mov(edx, u32::from(port::NMI)); out(dx, al); nop(); bytes(&[0xeb, 0xfe])));
@@ -263,14 +246,12 @@ fn interrupts_endless(mut g: Guest, body: impl FnOnce(&mut CodeAssembler)) -> Du
 /// Far more than it ever takes, and far less than the time limit: a loaded host may not run us for a while.
 const SOON: Duration = Duration::from_secs(2);
 
-#[test]
 fn a_jump_to_itself_is_interrupted() {
     assert!(interrupts_endless(Guest::long(), |a| asm!(a; bytes(&[0xeb, 0xfe]))) < SOON);
     assert!(interrupts_endless(Guest::mode(Mode::Real), |a| asm!(a; bytes(&[0xeb, 0xfe]))) < SOON);
     assert!(interrupts_endless(Guest::mode(Mode::Paged32), |a| asm!(a; bytes(&[0xeb, 0xfe]))) < SOON);
 }
 
-#[test]
 fn an_indirect_jump_to_itself_is_interrupted() {
     let body = |a: &mut CodeAssembler| {
         let mut again = a.create_label();
@@ -279,7 +260,6 @@ fn an_indirect_jump_to_itself_is_interrupted() {
     assert!(interrupts_endless(Guest::long(), body) < SOON);
 }
 
-#[test]
 fn a_loop_instruction_is_interrupted() {
     let body = |a: &mut CodeAssembler| {
         let mut again = a.create_label();
@@ -288,7 +268,6 @@ fn a_loop_instruction_is_interrupted() {
     assert!(interrupts_endless(Guest::long(), body) < SOON);
 }
 
-#[test]
 fn a_chain_of_calls_and_returns_is_interrupted() {
     let body = |a: &mut CodeAssembler| {
         let (mut again, mut function) = (a.create_label(), a.create_label());
@@ -297,7 +276,6 @@ fn a_chain_of_calls_and_returns_is_interrupted() {
     assert!(interrupts_endless(Guest::long(), body) < SOON);
 }
 
-#[test]
 fn a_conditional_loop_over_two_pages_is_interrupted() {
     let mut g = Guest::long();
     g.code_at(ARENA, |a| asm!(a; jmp(ARENA + 0x1000)));
@@ -305,7 +283,6 @@ fn a_conditional_loop_over_two_pages_is_interrupted() {
     assert!(interrupts_endless(g, |a| asm!(a; jmp(ARENA))) < SOON);
 }
 
-#[test]
 fn a_long_rep_movs_is_interrupted_with_exact_progress() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -332,7 +309,6 @@ fn a_long_rep_movs_is_interrupted_with_exact_progress() {
     }
 }
 
-#[test]
 fn an_interrupted_string_goes_on_where_it_was() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -364,7 +340,6 @@ fn an_interrupted_string_goes_on_where_it_was() {
     assert_eq!((end.reg(gpr::R12), end.reg(gpr::RCX)), (0, 0));
 }
 
-#[test]
 fn registers_and_flags_survive_a_storm_of_interrupts() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::IF;
@@ -399,7 +374,6 @@ fn registers_and_flags_survive_a_storm_of_interrupts() {
     assert!(g.get(DATA, 8) > 0, "no interrupt came");
 }
 
-#[test]
 fn interrupts_in_each_mode_push_frames_of_its_size() {
     for mode in [Mode::Real, Mode::Protected16, Mode::Protected32, Mode::Paged32, Mode::Pae, Mode::Long] {
         let mut g = Guest::mode(mode);
@@ -414,3 +388,32 @@ fn interrupts_in_each_mode_push_frames_of_its_size() {
         assert_ne!(frame.flags & rflags::IF, 0, "{mode:?}");
     }
 }
+
+berth_tests_system::cases![
+    sti_shadows_one_instruction,
+    sti_and_cli_leave_no_window,
+    a_second_sti_does_not_prolong_the_shadow,
+    mov_ss_shadows_one_instruction,
+    pop_ss_shadows_one_instruction,
+    popf_has_no_shadow,
+    iret_has_no_shadow,
+    the_handler_of_an_interrupt_gate_is_not_interrupted,
+    a_trap_gate_leaves_if_alone,
+    sti_hlt_wakes_and_returns_after_the_hlt,
+    hlt_waits_for_an_interrupt_from_another_thread,
+    hlt_without_if_wakes_only_for_nmi,
+    cr8_holds_interrupts_back,
+    the_highest_vector_comes_first,
+    an_nmi_ignores_if,
+    nmis_wait_until_iret,
+    nmi_is_blocked_in_its_handler,
+    a_jump_to_itself_is_interrupted,
+    an_indirect_jump_to_itself_is_interrupted,
+    a_loop_instruction_is_interrupted,
+    a_chain_of_calls_and_returns_is_interrupted,
+    a_conditional_loop_over_two_pages_is_interrupted,
+    a_long_rep_movs_is_interrupted_with_exact_progress,
+    an_interrupted_string_goes_on_where_it_was,
+    registers_and_flags_survive_a_storm_of_interrupts,
+    interrupts_in_each_mode_push_frames_of_its_size,
+];

@@ -12,7 +12,6 @@ fn function(g: &mut Guest, at: u64, n: u32) {
     g.code_at(at, |a| asm!(a; mov(eax, n); ret()));
 }
 
-#[test]
 fn the_next_instruction() {
     let mut g = Guest::long();
     // FF C0 is INC EAX; FF C1 is INC ECX.
@@ -26,7 +25,6 @@ fn the_next_instruction() {
     assert_eq!((end.rax(), end.reg(gpr::RCX)), (0, 1));
 }
 
-#[test]
 fn later_in_the_same_block() {
     let mut g = Guest::long();
     let (main, [target]) = g.code_with(|a| {
@@ -39,7 +37,6 @@ fn later_in_the_same_block() {
     assert_eq!((end.rax(), end.reg(gpr::RCX)), (0x1234, 2));
 }
 
-#[test]
 fn the_storing_instruction_itself() {
     let mut g = Guest::long();
     // The store overwrites its own opcode; the old one is executed to its end, the new one the next time.
@@ -56,7 +53,6 @@ fn the_storing_instruction_itself() {
     assert_eq!((end.reg(gpr::RCX), end.rax()), (2, 0x8a));
 }
 
-#[test]
 fn a_function_on_another_page_many_times() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 0);
@@ -68,7 +64,6 @@ fn a_function_on_another_page_many_times() {
     assert_eq!(g.run(main).done().reg(gpr::R12), 999 * 1000 / 2);
 }
 
-#[test]
 fn data_beside_code_on_one_page() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 3);
@@ -81,7 +76,6 @@ fn data_beside_code_on_one_page() {
     assert_eq!(g.get(PAGE + 0x800, 4), 1000);
 }
 
-#[test]
 fn through_another_address() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -94,7 +88,6 @@ fn through_another_address() {
     assert_eq!(g.log(), [1, 2]);
 }
 
-#[test]
 fn code_under_two_addresses() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -107,7 +100,6 @@ fn code_under_two_addresses() {
     assert_eq!(g.log(), [1, 1, 2, 2]);
 }
 
-#[test]
 fn after_the_page_was_written_many_times_before() {
     // The first stores make a direct mapping for stores; translating the code must take it away.
     let mut g = Guest::long();
@@ -121,7 +113,6 @@ fn after_the_page_was_written_many_times_before() {
     assert_eq!(g.log(), (1..=100).rev().collect::<Vec<_>>());
 }
 
-#[test]
 fn by_rep_movs_and_rep_stos() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -135,7 +126,6 @@ fn by_rep_movs_and_rep_stos() {
     assert_eq!(g.log(), [1, 2, 0x0303_0303]);
 }
 
-#[test]
 fn rep_movs_over_the_code_that_is_running() {
     let mut g = Guest::long();
     let (main, [target]) = g.code_with(|a| {
@@ -149,7 +139,6 @@ fn rep_movs_over_the_code_that_is_running() {
     assert_eq!(g.run(main).done().rax(), 0x55);
 }
 
-#[test]
 fn by_push_and_call() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -161,7 +150,6 @@ fn by_push_and_call() {
     assert_eq!(g.log(), [1, 2]);
 }
 
-#[test]
 fn by_locked_and_vector_stores() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -176,7 +164,6 @@ fn by_locked_and_vector_stores() {
     assert_eq!(g.log(), [1, 2, 7, 9, 11]);
 }
 
-#[test]
 fn a_store_that_crosses_into_a_page_of_code() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -187,7 +174,6 @@ fn a_store_that_crosses_into_a_page_of_code() {
     assert_eq!(g.log(), [1, 5]);
 }
 
-#[test]
 fn the_second_page_of_an_instruction() {
     let mut g = Guest::long();
     function(&mut g, PAGE + 0xffe, 1);
@@ -198,7 +184,6 @@ fn the_second_page_of_an_instruction() {
     assert_eq!(g.log(), [1, 2 << 16 | 1]);
 }
 
-#[test]
 fn the_first_page_of_an_instruction() {
     let mut g = Guest::long();
     function(&mut g, PAGE + 0xffe, 1);
@@ -209,7 +194,6 @@ fn the_first_page_of_an_instruction() {
     assert_eq!(g.log(), [1, 2]);
 }
 
-#[test]
 fn a_jump_whose_target_is_patched() {
     let mut g = Guest::long();
     // A short jump in a loop whose displacement toggles between two targets of one page.
@@ -225,7 +209,6 @@ fn a_jump_whose_target_is_patched() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RDX)), (5, 10 - 5));
 }
 
-#[test]
 fn by_a_device() {
     let mut g = Guest::long();
     function(&mut g, PAGE, 1);
@@ -241,7 +224,6 @@ fn by_a_device() {
     assert_eq!(g.log(), [1, 42]);
 }
 
-#[test]
 fn by_a_device_in_the_block_that_runs() {
     let mut g = Guest::long();
     let (main, [target]) = g.code_with(|a| {
@@ -257,7 +239,6 @@ fn by_a_device_in_the_block_that_runs() {
     assert_eq!(g.run(main).done().rax(), 42);
 }
 
-#[test]
 fn an_accessed_bit_in_a_page_of_code() {
     // The page of code is also a page table: a walk writes an accessed bit into what is an instruction.
     let mut g = Guest::long();
@@ -275,7 +256,6 @@ fn an_accessed_bit_in_a_page_of_code() {
     assert_eq!(g.log(), [0x03, 0x23]);
 }
 
-#[test]
 fn by_another_vcpu() {
     let mut g = Guest::smp(2);
     function(&mut g, PAGE, 1);
@@ -294,7 +274,6 @@ fn by_another_vcpu() {
     g.run(main).done();
 }
 
-#[test]
 fn by_another_vcpu_with_a_breakpoint_first() {
     // As kernels patch live code: int3 over the first byte, wait, the rest, wait, the first byte.
     let mut g = Guest::smp(2);
@@ -326,3 +305,27 @@ fn by_another_vcpu_with_a_breakpoint_first() {
         end.done();
     }
 }
+
+berth_tests_system::cases![
+    the_next_instruction,
+    later_in_the_same_block,
+    the_storing_instruction_itself,
+    a_function_on_another_page_many_times,
+    data_beside_code_on_one_page,
+    through_another_address,
+    code_under_two_addresses,
+    after_the_page_was_written_many_times_before,
+    by_rep_movs_and_rep_stos,
+    rep_movs_over_the_code_that_is_running,
+    by_push_and_call,
+    by_locked_and_vector_stores,
+    a_store_that_crosses_into_a_page_of_code,
+    the_second_page_of_an_instruction,
+    the_first_page_of_an_instruction,
+    a_jump_whose_target_is_patched,
+    by_a_device,
+    by_a_device_in_the_block_that_runs,
+    an_accessed_bit_in_a_page_of_code,
+    by_another_vcpu,
+    by_another_vcpu_with_a_breakpoint_first,
+];

@@ -13,7 +13,6 @@ fn log_steps(g: &mut Guest, base: u64) {
     g.handler(vector::DB, handler);
 }
 
-#[test]
 fn a_single_step_traps_after_each_instruction() {
     let mut g = Guest::long();
     let (main, [one, two, three]) = g.code_with(|a| {
@@ -28,7 +27,6 @@ fn a_single_step_traps_after_each_instruction() {
     assert_eq!(g.log(), expected);
 }
 
-#[test]
 fn a_single_step_sets_dr6_and_clears_tf_in_the_handler() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -41,7 +39,6 @@ fn a_single_step_sets_dr6_and_clears_tf_in_the_handler() {
     assert_eq!(end.state.rflags & rflags::TF, 0);
 }
 
-#[test]
 fn a_jump_is_one_step() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -53,7 +50,6 @@ fn a_jump_is_one_step() {
     assert_eq!(g.run(main).vector(vector::DB).rip, target);
 }
 
-#[test]
 fn each_iteration_of_a_string_is_a_step() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -66,7 +62,6 @@ fn each_iteration_of_a_string_is_a_step() {
     assert_eq!(g.get(DATA, 4), 0);
 }
 
-#[test]
 fn mov_ss_delays_a_single_step() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -75,7 +70,6 @@ fn mov_ss_delays_a_single_step() {
     assert_eq!(g.run(main).vector(vector::DB).rip, main + 3);
 }
 
-#[test]
 fn a_fault_is_delivered_instead_of_the_step() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -86,7 +80,6 @@ fn a_fault_is_delivered_instead_of_the_step() {
     assert_eq!(end.state.dr[6] & SINGLE_STEP, 0);
 }
 
-#[test]
 fn int_n_clears_tf_without_a_step() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::TF;
@@ -105,7 +98,6 @@ fn with_syscall(kernel: impl FnOnce(&mut CodeAssembler), mask: u64) -> Guest {
     g
 }
 
-#[test]
 fn syscall_with_tf_masked_is_not_stepped() {
     let mut g = with_syscall(|a| asm!(a; nop(); done()), rflags::TF);
     g.state.rflags |= rflags::TF;
@@ -114,7 +106,6 @@ fn syscall_with_tf_masked_is_not_stepped() {
     assert_ne!(end.reg(gpr::R11) & rflags::TF, 0);
 }
 
-#[test]
 fn sysret_to_a_stepped_program_steps_at_once() {
     let mut g = with_syscall(|a| asm!(a; sysretq()), rflags::TF);
     g.state.rflags |= rflags::TF;
@@ -123,7 +114,6 @@ fn sysret_to_a_stepped_program_steps_at_once() {
     assert_eq!((frame.rip, frame.cs), (main + 2, selector::USER_CODE64 | 3));
 }
 
-#[test]
 fn iret_that_sets_tf_steps_after_the_next_instruction() {
     let mut g = Guest::long();
     let (main, [target]) = g.code_with(|a| {
@@ -135,7 +125,6 @@ fn iret_that_sets_tf_steps_after_the_next_instruction() {
     assert_eq!(g.run(main).vector(vector::DB).rip, target + 1);
 }
 
-#[test]
 fn an_instruction_breakpoint_faults_before_the_instruction() {
     let mut g = Guest::long();
     let (main, [here]) = g.code_with(|a| {
@@ -152,7 +141,6 @@ fn an_instruction_breakpoint_faults_before_the_instruction() {
     assert_eq!(frame.flags & rflags::RF, 0);
 }
 
-#[test]
 fn rf_skips_an_instruction_breakpoint_once() {
     let mut g = Guest::long();
     let (main, [here]) = g.code_with(|a| {
@@ -204,7 +192,6 @@ fn not_hit((end, _): (End, u64)) {
     end.done();
 }
 
-#[test]
 fn data_breakpoints_trap_after_the_access() {
     hit(watch(WRITE4, |a| asm!(a; mov(dword_ptr(rbx), eax))));
     hit(watch(ANY4, |a| asm!(a; mov(eax, dword_ptr(rbx)))));
@@ -215,7 +202,6 @@ fn data_breakpoints_trap_after_the_access() {
     hit(watch(WRITE4, |a| asm!(a; movups(xmmword_ptr(rbx - 8), xmm0))));
 }
 
-#[test]
 fn data_breakpoints_do_not_trap_beside_their_range_and_kind() {
     not_hit(watch(WRITE4, |a| asm!(a; mov(eax, dword_ptr(rbx)))));
     not_hit(watch(ANY4, |a| asm!(a; mov(al, byte_ptr(rbx + 4)); mov(al, byte_ptr(rbx - 1)))));
@@ -223,7 +209,6 @@ fn data_breakpoints_do_not_trap_beside_their_range_and_kind() {
     not_hit(watch(ANY4, |a| asm!(a; lea(eax, ptr(rbx)))));
 }
 
-#[test]
 fn a_data_breakpoint_in_a_string_stops_it_there() {
     let (end, after) = watch(WRITE4, |a| asm!(a; mov(ecx, 6); rep().stosb()));
     let frame = end.vector(vector::DB);
@@ -232,7 +217,6 @@ fn a_data_breakpoint_in_a_string_stops_it_there() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RDI)), (3, DATA + 1));
 }
 
-#[test]
 fn disabled_breakpoints_still_do_not_trap() {
     let mut g = Guest::long();
     g.state.dr[0] = DATA;
@@ -241,7 +225,6 @@ fn disabled_breakpoints_still_do_not_trap() {
     g.run(main).done();
 }
 
-#[test]
 fn general_detect_protects_the_debug_registers() {
     let mut g = Guest::long();
     g.state.dr[7] = 0x400 | 1 << 13;
@@ -252,7 +235,6 @@ fn general_detect_protects_the_debug_registers() {
     assert_eq!(end.state.dr[7] & 1 << 13, 0, "off for the handler");
 }
 
-#[test]
 fn dr4_is_dr6_unless_de() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; bytes(&[0x0f, 0x21, 0xe0]); done()));
@@ -263,7 +245,6 @@ fn dr4_is_dr6_unless_de() {
     g.run(main).vector(vector::UD);
 }
 
-#[test]
 fn breakpoints_are_set_and_read_back_by_the_guest() {
     let mut g = Guest::long();
     let main = g.code(|a| {
@@ -275,3 +256,25 @@ fn breakpoints_are_set_and_read_back_by_the_guest() {
     assert_eq!(end.reg(gpr::RCX), DATA);
     assert_eq!(end.state.dr[6] & 0xf, 8);
 }
+
+berth_tests_system::cases![
+    a_single_step_traps_after_each_instruction,
+    a_single_step_sets_dr6_and_clears_tf_in_the_handler,
+    a_jump_is_one_step,
+    each_iteration_of_a_string_is_a_step,
+    mov_ss_delays_a_single_step,
+    a_fault_is_delivered_instead_of_the_step,
+    int_n_clears_tf_without_a_step,
+    syscall_with_tf_masked_is_not_stepped,
+    sysret_to_a_stepped_program_steps_at_once,
+    iret_that_sets_tf_steps_after_the_next_instruction,
+    an_instruction_breakpoint_faults_before_the_instruction,
+    rf_skips_an_instruction_breakpoint_once,
+    data_breakpoints_trap_after_the_access,
+    data_breakpoints_do_not_trap_beside_their_range_and_kind,
+    a_data_breakpoint_in_a_string_stops_it_there,
+    disabled_breakpoints_still_do_not_trap,
+    general_detect_protects_the_debug_registers,
+    dr4_is_dr6_unless_de,
+    breakpoints_are_set_and_read_back_by_the_guest,
+];

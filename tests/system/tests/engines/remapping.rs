@@ -34,24 +34,20 @@ fn read_after(mut g: Guest, flush: impl FnOnce(&mut CodeAssembler)) -> u64 {
     g.run(main).done().rax()
 }
 
-#[test]
 fn invlpg_flushes_one_page() {
     assert_eq!(read_after(guest(flag::KERNEL), |a| asm!(a; invlpg(byte_ptr(rbx)))), 2);
 }
 
-#[test]
 fn loading_cr3_flushes() {
     assert_eq!(read_after(guest(flag::KERNEL), |a| asm!(a; mov(rcx, cr3); mov(cr3, rcx))), 2);
 }
 
-#[test]
 fn invlpg_flushes_global_pages() {
     let mut g = guest(flag::KERNEL | flag::G);
     g.state.cr4 |= cr4::PGE;
     assert_eq!(read_after(g, |a| asm!(a; invlpg(byte_ptr(rbx)))), 2);
 }
 
-#[test]
 fn clearing_pge_flushes_global_pages() {
     let mut g = guest(flag::KERNEL | flag::G);
     g.state.cr4 |= cr4::PGE;
@@ -60,13 +56,11 @@ fn clearing_pge_flushes_global_pages() {
     assert_eq!(toggled, 2);
 }
 
-#[test]
 fn global_pages_change_with_cr3_when_pge_is_off() {
     let g = guest(flag::KERNEL | flag::G);
     assert_eq!(read_after(g, |a| asm!(a; mov(rcx, cr3); mov(cr3, rcx))), 2);
 }
 
-#[test]
 fn toggling_paging_bits_of_cr0_flushes() {
     let toggled = read_after(guest(flag::KERNEL), |a| {
         asm!(a; mov(rcx, cr0); btc(rcx, 16); mov(cr0, rcx); btc(rcx, 16); mov(cr0, rcx));
@@ -82,21 +76,18 @@ fn invpcid_of(a: &mut CodeAssembler, kind: u32, pcid: u32) {
     asm!(a; mov(ecx, kind); mov(edx, DATA as u32); invpcid(rcx, xmmword_ptr(rdx)));
 }
 
-#[test]
 fn invpcid_of_each_type_flushes() {
     for kind in 0..4 {
         assert_eq!(read_after(guest(flag::KERNEL), |a| invpcid_of(a, kind, 0)), 2, "type {kind}");
     }
 }
 
-#[test]
 fn invpcid_type_2_flushes_global_pages() {
     let mut g = guest(flag::KERNEL | flag::G);
     g.state.cr4 |= cr4::PGE;
     assert_eq!(read_after(g, |a| invpcid_of(a, 2, 0)), 2);
 }
 
-#[test]
 fn bad_invpcid_operands() {
     let refused = |kind: u32, pcid: u32| {
         let mut g = guest(flag::KERNEL);
@@ -108,7 +99,6 @@ fn bad_invpcid_operands() {
     refused(1, 1); // a PCID without CR4.PCIDE
 }
 
-#[test]
 fn a_pcid_that_is_kept_is_flushed_by_invpcid() {
     let mut g = guest(flag::KERNEL);
     g.state.cr4 |= cr4::PCIDE;
@@ -124,7 +114,6 @@ fn a_pcid_that_is_kept_is_flushed_by_invpcid() {
     assert_eq!(g.run(main).done().rax(), 2);
 }
 
-#[test]
 fn each_pcid_has_its_own_translations() {
     let mut g = guest(flag::KERNEL);
     g.state.cr4 |= cr4::PCIDE;
@@ -142,14 +131,12 @@ fn each_pcid_has_its_own_translations() {
     assert_eq!(g.log(), [2, 1, 2, 1]);
 }
 
-#[test]
 fn loading_cr3_with_a_pcid_flushes_that_pcid() {
     let mut g = guest(flag::KERNEL);
     g.state.cr4 |= cr4::PCIDE;
     assert_eq!(read_after(g, |a| asm!(a; mov(rcx, cr3); mov(cr3, rcx))), 2);
 }
 
-#[test]
 fn pcide_cannot_be_set_with_a_pcid_in_cr3() {
     let mut g = guest(flag::KERNEL);
     g.state.cr3 |= 8;
@@ -157,7 +144,6 @@ fn pcide_cannot_be_set_with_a_pcid_in_cr3() {
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn a_new_mapping_needs_no_flush() {
     let mut g = guest(0);
     g.reg(gpr::RDI, OTHER | flag::KERNEL);
@@ -168,7 +154,6 @@ fn a_new_mapping_needs_no_flush() {
     assert_eq!(g.run(main).done().rax(), 2);
 }
 
-#[test]
 fn more_rights_need_no_flush_after_the_fault() {
     let mut g = guest(flag::P);
     g.reg(gpr::RDI, FRAME | flag::KERNEL);
@@ -199,21 +184,18 @@ fn call_remapped(g: &mut Guest, call: impl Fn(&mut CodeAssembler)) -> Vec<u32> {
     g.log()
 }
 
-#[test]
 fn remapped_code_by_indirect_call() {
     let mut g = guest(flag::KERNEL);
     two_functions(&mut g, 0);
     assert_eq!(call_remapped(&mut g, |a| asm!(a; call(rbx))), [1, 2, 1, 2]);
 }
 
-#[test]
 fn remapped_code_by_direct_call() {
     let mut g = guest(flag::KERNEL);
     two_functions(&mut g, 0x40);
     assert_eq!(call_remapped(&mut g, |a| asm!(a; call(PAGE + 0x40))), [1, 2, 1, 2]);
 }
 
-#[test]
 fn remapped_code_by_direct_jump_and_back() {
     let mut g = guest(flag::KERNEL);
     for (frame, n) in [(FRAME, 1), (OTHER, 2)] {
@@ -226,7 +208,6 @@ fn remapped_code_by_direct_jump_and_back() {
     assert_eq!(log, [1, 2, 1, 2]);
 }
 
-#[test]
 fn remapped_code_by_conditional_jump() {
     let mut g = guest(flag::KERNEL);
     for (frame, n) in [(FRAME, 1), (OTHER, 2)] {
@@ -239,7 +220,6 @@ fn remapped_code_by_conditional_jump() {
     assert_eq!(log, [1, 2, 1, 2]);
 }
 
-#[test]
 fn remapped_code_by_return() {
     let mut g = guest(flag::KERNEL);
     for (frame, n) in [(FRAME, 1), (OTHER, 2)] {
@@ -252,7 +232,6 @@ fn remapped_code_by_return() {
     assert_eq!(log, [1, 2, 1, 2]);
 }
 
-#[test]
 fn remapped_code_is_entered_by_falling_off_the_page_before() {
     let mut g = guest(flag::KERNEL);
     two_functions(&mut g, 0);
@@ -269,7 +248,6 @@ fn remapped_code_is_entered_by_falling_off_the_page_before() {
     assert_eq!(g.log(), [1, 2, 1, 2]);
 }
 
-#[test]
 fn an_instruction_whose_second_half_is_remapped() {
     let mut g = guest(flag::KERNEL);
     g.map(PAGE - 0x1000, 0x50_2000, flag::KERNEL);
@@ -280,7 +258,6 @@ fn an_instruction_whose_second_half_is_remapped() {
     assert_eq!(call_remapped(&mut g, |a| asm!(a; lea(r9, qword_ptr(rbx - 1)); call(r9))), [1, 2, 1, 2]);
 }
 
-#[test]
 fn an_instruction_whose_first_half_is_remapped() {
     let mut g = guest(flag::KERNEL);
     g.map(PAGE + 0x1000, 0x50_2000, flag::KERNEL);
@@ -294,7 +271,6 @@ fn an_instruction_whose_first_half_is_remapped() {
     assert_eq!(log, [7, 14, 7, 14]);
 }
 
-#[test]
 fn code_at_one_address_in_two_address_spaces() {
     let mut g = guest(flag::KERNEL);
     two_functions(&mut g, 0);
@@ -313,7 +289,6 @@ fn code_at_one_address_in_two_address_spaces() {
     assert_eq!(g.log(), [1, 2, 1, 2, 1, 2]);
 }
 
-#[test]
 fn code_that_becomes_unreadable_faults() {
     let mut g = guest(flag::KERNEL);
     two_functions(&mut g, 0);
@@ -324,7 +299,6 @@ fn code_that_becomes_unreadable_faults() {
     assert_eq!(g.run(main).page_fault(PAGE, pf_error::FETCH).rip, PAGE);
 }
 
-#[test]
 fn code_that_loses_its_user_bit_faults_at_level_3_only() {
     let mut g = Guest::long_user();
     g.map(PAGE, FRAME, flag::USER);
@@ -343,7 +317,6 @@ fn code_that_loses_its_user_bit_faults_at_level_3_only() {
     assert_eq!(g.log(), [1]);
 }
 
-#[test]
 fn a_loop_over_two_pages_that_swap_places() {
     let mut g = guest(flag::KERNEL);
     // Each page adds a different amount and jumps to the other; the entries are exchanged in between.
@@ -368,3 +341,33 @@ fn a_loop_over_two_pages_that_swap_places() {
     }
     assert_eq!(g.run(main).done().rax(), u64::from(expected));
 }
+
+berth_tests_system::cases![
+    invlpg_flushes_one_page,
+    loading_cr3_flushes,
+    invlpg_flushes_global_pages,
+    clearing_pge_flushes_global_pages,
+    global_pages_change_with_cr3_when_pge_is_off,
+    toggling_paging_bits_of_cr0_flushes,
+    invpcid_of_each_type_flushes,
+    invpcid_type_2_flushes_global_pages,
+    bad_invpcid_operands,
+    a_pcid_that_is_kept_is_flushed_by_invpcid,
+    each_pcid_has_its_own_translations,
+    loading_cr3_with_a_pcid_flushes_that_pcid,
+    pcide_cannot_be_set_with_a_pcid_in_cr3,
+    a_new_mapping_needs_no_flush,
+    more_rights_need_no_flush_after_the_fault,
+    remapped_code_by_indirect_call,
+    remapped_code_by_direct_call,
+    remapped_code_by_direct_jump_and_back,
+    remapped_code_by_conditional_jump,
+    remapped_code_by_return,
+    remapped_code_is_entered_by_falling_off_the_page_before,
+    an_instruction_whose_second_half_is_remapped,
+    an_instruction_whose_first_half_is_remapped,
+    code_at_one_address_in_two_address_spaces,
+    code_that_becomes_unreadable_faults,
+    code_that_loses_its_user_bit_faults_at_level_3_only,
+    a_loop_over_two_pages_that_swap_places,
+];

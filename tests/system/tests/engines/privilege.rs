@@ -19,7 +19,6 @@ fn call_gate(g: &mut Guest, code: u16, offset: u64, kind: u64, dpl: u64, paramet
     g.descriptor(selector::FREE, raw);
 }
 
-#[test]
 fn an_exception_at_level_3_switches_to_the_stack_of_the_tss() {
     let mut g = Guest::long_user();
     let main = g.code(|a| asm!(a; ud2()));
@@ -30,7 +29,6 @@ fn an_exception_at_level_3_switches_to_the_stack_of_the_tss() {
     assert_eq!((end.state.ss.selector, end.state.cs.selector), (0, selector::CODE64));
 }
 
-#[test]
 fn the_same_in_32_bit_mode() {
     let mut g = Guest::user(Mode::Paged32);
     let main = g.code(|a| asm!(a; ud2()));
@@ -41,7 +39,6 @@ fn the_same_in_32_bit_mode() {
     assert_eq!(end.state.ss.selector, selector::DATA);
 }
 
-#[test]
 fn long_mode_aligns_the_stack_of_handlers() {
     let mut g = Guest::long();
     g.reg(gpr::RSP, STACK - 3);
@@ -51,7 +48,6 @@ fn long_mode_aligns_the_stack_of_handlers() {
     assert_eq!(end.reg(gpr::RSP), STACK - 16 - 40);
 }
 
-#[test]
 fn an_ist_stack_is_used_without_a_change_of_level() {
     let mut g = Guest::long();
     g.set_gate(0x21, Gate { ist: 1, ..g.gate_to(STUBS + 0x21 * STUB_SIZE) });
@@ -61,7 +57,6 @@ fn an_ist_stack_is_used_without_a_change_of_level() {
     assert_eq!(end.reg(gpr::RSP), IST_STACK - 40);
 }
 
-#[test]
 fn compatibility_mode_faults_push_64_bit_frames() {
     let mut g = Guest::long_user();
     let code = g.code_of(32, |a| asm!(a; ud2()));
@@ -70,7 +65,6 @@ fn compatibility_mode_faults_push_64_bit_frames() {
     assert_eq!((frame.rip, frame.cs, frame.rsp), (code, USER_CODE32, Some(STACK)));
 }
 
-#[test]
 fn iretq_to_level_3_and_back() {
     let mut g = Guest::long_user();
     let user = g.code(|a| asm!(a; mov(ecx, cs); mov(edx, ss); user_done()));
@@ -83,7 +77,6 @@ fn iretq_to_level_3_and_back() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RDX)), (u64::from(USER_CODE64), u64::from(USER_DATA)));
 }
 
-#[test]
 fn iretd_to_level_3_in_32_bit_mode_clears_inner_segments() {
     let mut g = Guest::user(Mode::Protected32);
     let user = g.code(|a| asm!(a; mov(ecx, fs); mov(edx, gs); user_done()));
@@ -97,7 +90,6 @@ fn iretd_to_level_3_in_32_bit_mode_clears_inner_segments() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RDX)), (0, u64::from(USER_DATA)));
 }
 
-#[test]
 fn iret_to_64_bit_code_at_level_3_checks_the_frame() {
     let refused = |code: u16, stack: u16, rip: u64, error: u32| {
         let mut g = Guest::long();
@@ -113,7 +105,6 @@ fn iret_to_64_bit_code_at_level_3_checks_the_frame() {
     refused(USER_CODE64, USER_DATA, 1 << 63, 0);
 }
 
-#[test]
 fn iret_with_nt_is_refused_in_long_mode() {
     let mut g = Guest::long();
     g.state.rflags |= rflags::NT;
@@ -121,7 +112,6 @@ fn iret_with_nt_is_refused_in_long_mode() {
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn iret_in_real_mode() {
     let mut g = Guest::mode(Mode::Real);
     let handler = g.code(|a| asm!(a; mov(eax, 1); log(); iret()));
@@ -131,7 +121,6 @@ fn iret_in_real_mode() {
     assert_eq!(g.log(), [1, u32::MAX]);
 }
 
-#[test]
 fn popf_changes_if_and_iopl_only_where_allowed() {
     let mut g = Guest::long_user();
     let main = g.code(|a| asm!(a; push(0x3202); popfq(); pushfq(); pop(rcx); user_done()));
@@ -143,7 +132,6 @@ fn popf_changes_if_and_iopl_only_where_allowed() {
     assert_eq!(end.reg(gpr::RCX) & (rflags::IF | rflags::IOPL), rflags::IF | rflags::IOPL);
 }
 
-#[test]
 fn a_call_gate_switches_the_stack_and_retf_comes_back() {
     let mut g = Guest::long_user();
     let inner = g.code(|a| asm!(a; mov(ecx, cs); mov(rdx, rsp); bytes(&[0x48, 0xcb])));
@@ -159,7 +147,6 @@ fn a_call_gate_switches_the_stack_and_retf_comes_back() {
     assert_eq!(end.stack(8, 3), STACK, "the stack pointer is back");
 }
 
-#[test]
 fn a_32_bit_call_gate_copies_parameters() {
     let mut g = Guest::user(Mode::Protected32);
     let inner = g.code(|a| asm!(a; mov(ecx, dword_ptr(esp + 8)); mov(edx, dword_ptr(esp + 12)); retf_1(8)));
@@ -172,7 +159,6 @@ fn a_32_bit_call_gate_copies_parameters() {
     assert_eq!(end.reg(gpr::RBX), STACK, "both stacks dropped the parameters");
 }
 
-#[test]
 fn a_call_gate_checks_its_dpl() {
     let mut g = Guest::user(Mode::Protected32);
     call_gate(&mut g, selector::CODE32, CODE, 12, 0, 0);
@@ -180,7 +166,6 @@ fn a_call_gate_checks_its_dpl() {
     g.run(main).fault(vector::GP, u32::from(selector::FREE));
 }
 
-#[test]
 fn conforming_code_runs_at_the_level_of_its_caller() {
     let mut g = Guest::user(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(0, 0xf_ffff, 0xc09f));
@@ -190,14 +175,12 @@ fn conforming_code_runs_at_the_level_of_its_caller() {
     assert_eq!(end.reg(gpr::RCX), u64::from(selector::FREE | 3));
 }
 
-#[test]
 fn inner_code_cannot_be_jumped_to_directly() {
     let mut g = Guest::user(Mode::Protected32);
     let main = g.code(|a| asm!(a; jmp_far(selector::CODE32, CODE as u32)));
     g.run(main).fault(vector::GP, u32::from(selector::CODE32));
 }
 
-#[test]
 fn a_segment_that_is_not_present_in_a_far_jump() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(0, 0xf_ffff, 0xc01b));
@@ -218,7 +201,6 @@ fn with_syscall(build: impl FnOnce(&mut CodeAssembler)) -> Guest {
     g
 }
 
-#[test]
 fn syscall_and_sysret() {
     let mut g = with_syscall(|a| {
         asm!(a; mov(ebx, cs); mov(edx, ss); pushfq(); pop(rsi); sysretq());
@@ -233,7 +215,6 @@ fn syscall_and_sysret() {
     assert_eq!(end.reg(gpr::RCX), main + 2);
 }
 
-#[test]
 fn sysretl_goes_to_compatibility_mode() {
     let mut g = with_syscall(|a| asm!(a; mov(ecx, dword_ptr(DATA)); sysret()));
     let compatibility =
@@ -244,7 +225,6 @@ fn sysretl_goes_to_compatibility_mode() {
     assert_eq!(end.reg(gpr::RBX), u64::from(USER_CODE32));
 }
 
-#[test]
 fn syscall_needs_sce() {
     let mut g = with_syscall(|a| asm!(a; nop()));
     g.state.efer &= !efer::SCE;
@@ -252,14 +232,12 @@ fn syscall_needs_sce() {
     assert_eq!(g.run(main).vector(vector::UD).rip, main);
 }
 
-#[test]
 fn sysret_needs_level_0() {
     let mut g = with_syscall(|a| asm!(a; nop()));
     let main = g.code(|a| asm!(a; sysretq()));
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn sysret_to_a_non_canonical_address() {
     let mut g = with_syscall(|a| asm!(a; mov(rcx, 1u64 << 47); sysretq()));
     let main = g.code(|a| asm!(a; syscall()));
@@ -268,7 +246,6 @@ fn sysret_to_a_non_canonical_address() {
     assert_eq!(frame.cs & 3, if is_amd() { 3 } else { 0 });
 }
 
-#[test]
 fn sysenter_and_sysexit_in_32_bit_mode() {
     let mut g = Guest::user(Mode::Protected32);
     let entry = g.code(|a| asm!(a; mov(ebx, cs); mov(esi, esp); sysexit()));
@@ -282,7 +259,6 @@ fn sysenter_and_sysexit_in_32_bit_mode() {
     assert_eq!(end.reg(gpr::RDI), u64::from(USER_CODE32));
 }
 
-#[test]
 fn the_io_bitmap_opens_single_ports() {
     let mut g = Guest::long_user();
     // Ports 0xd0 to 0xff are open, and 0x100 is not: a dword at 0xfe touches it.
@@ -292,7 +268,6 @@ fn the_io_bitmap_opens_single_ports() {
     assert_eq!(end.reg(gpr::RDX), 0xfe);
 }
 
-#[test]
 fn iopl_3_opens_all_ports_and_cli() {
     let mut g = Guest::long_user();
     g.state.rflags |= rflags::IOPL;
@@ -300,7 +275,6 @@ fn iopl_3_opens_all_ports_and_cli() {
     g.run(main).done();
 }
 
-#[test]
 fn ports_beyond_the_bitmap_are_closed() {
     let mut g = Guest::long_user();
     g.state.tr.limit = 0x67 + 0x20;
@@ -308,7 +282,6 @@ fn ports_beyond_the_bitmap_are_closed() {
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn ins_and_outs_check_the_port_first() {
     let mut g = Guest::long_user();
     g.reg(gpr::RDX, 0x80);
@@ -319,7 +292,6 @@ fn ins_and_outs_check_the_port_first() {
     assert_eq!(end.reg(gpr::RCX), 1);
 }
 
-#[test]
 fn unknown_msrs_fault() {
     let read = |number: u32| {
         let mut g = Guest::long();
@@ -330,7 +302,6 @@ fn unknown_msrs_fault() {
     read(msr::IA32_PAT).done();
 }
 
-#[test]
 fn msrs_check_their_values() {
     let write = |number: u32, value: u64| {
         let mut g = Guest::long();
@@ -343,7 +314,6 @@ fn msrs_check_their_values() {
     write(msr::IA32_PAT, 2).fault(vector::GP, 0);
 }
 
-#[test]
 fn ltr_marks_the_tss_busy_and_refuses_a_busy_one() {
     let mut g = Guest::long();
     g.system_descriptor(selector::FREE, TSS, 0x67, 0x89);
@@ -358,7 +328,6 @@ fn ltr_marks_the_tss_busy_and_refuses_a_busy_one() {
     assert_eq!(g.get(GDT + u64::from(selector::FREE) + 5, 1), 0x8b);
 }
 
-#[test]
 fn segments_of_the_ldt() {
     let mut g = Guest::mode(Mode::Protected32);
     g.system_descriptor(selector::LDT, LDT, 0x7f, 0x82);
@@ -372,7 +341,6 @@ fn segments_of_the_ldt() {
     assert_eq!(end.state.fs, loaded(0x0c, descriptor(DATA, 0xff, 0x4093)));
 }
 
-#[test]
 fn cpl_1_is_privileged_for_pages_but_not_for_instructions() {
     let mut g = Guest::mode(Mode::Paged32);
     let (code, data) = (descriptor(0, 0xf_ffff, 0xc0bb), descriptor(0, 0xf_ffff, 0xc0b3));
@@ -389,7 +357,6 @@ fn cpl_1_is_privileged_for_pages_but_not_for_instructions() {
     assert_eq!((frame.rip, frame.cs), (refused, selector::FREE | 1));
 }
 
-#[test]
 fn sixteen_bit_gates_push_words() {
     let mut g = Guest::mode(Mode::Protected32);
     let (main, [refused]) = g.code_with(|a| {
@@ -405,7 +372,6 @@ fn sixteen_bit_gates_push_words() {
     assert_eq!([0, 1, 2].map(|n| end.stack(2, n)), [0x1238, refused, selector::CODE32.into()]);
 }
 
-#[test]
 fn sixteen_bit_code_faults_into_32_bit_handlers() {
     let mut g = Guest::mode(Mode::Protected16);
     let gate = Gate { kind: 14, selector: selector::CODE32, ..g.gate_to(STUBS + 6 * STUB_SIZE) };
@@ -416,3 +382,40 @@ fn sixteen_bit_code_faults_into_32_bit_handlers() {
     assert_eq!((frame.rip, frame.cs), (main, selector::CODE16));
     assert_eq!(end.reg(gpr::RSP), STACK - 12);
 }
+
+berth_tests_system::cases![
+    an_exception_at_level_3_switches_to_the_stack_of_the_tss,
+    the_same_in_32_bit_mode,
+    long_mode_aligns_the_stack_of_handlers,
+    an_ist_stack_is_used_without_a_change_of_level,
+    compatibility_mode_faults_push_64_bit_frames,
+    iretq_to_level_3_and_back,
+    iretd_to_level_3_in_32_bit_mode_clears_inner_segments,
+    iret_to_64_bit_code_at_level_3_checks_the_frame,
+    iret_with_nt_is_refused_in_long_mode,
+    iret_in_real_mode,
+    popf_changes_if_and_iopl_only_where_allowed,
+    a_call_gate_switches_the_stack_and_retf_comes_back,
+    a_32_bit_call_gate_copies_parameters,
+    a_call_gate_checks_its_dpl,
+    conforming_code_runs_at_the_level_of_its_caller,
+    inner_code_cannot_be_jumped_to_directly,
+    a_segment_that_is_not_present_in_a_far_jump,
+    syscall_and_sysret,
+    sysretl_goes_to_compatibility_mode,
+    syscall_needs_sce,
+    sysret_needs_level_0,
+    sysret_to_a_non_canonical_address,
+    sysenter_and_sysexit_in_32_bit_mode,
+    the_io_bitmap_opens_single_ports,
+    iopl_3_opens_all_ports_and_cli,
+    ports_beyond_the_bitmap_are_closed,
+    ins_and_outs_check_the_port_first,
+    unknown_msrs_fault,
+    msrs_check_their_values,
+    ltr_marks_the_tss_busy_and_refuses_a_busy_one,
+    segments_of_the_ldt,
+    cpl_1_is_privileged_for_pages_but_not_for_instructions,
+    sixteen_bit_gates_push_words,
+    sixteen_bit_code_faults_into_32_bit_handlers,
+];

@@ -46,7 +46,6 @@ fn allowed(mut g: Guest, build: impl FnOnce(&mut CodeAssembler)) {
     g.run(main).done();
 }
 
-#[test]
 fn not_present() {
     refused(with_page(Guest::long(), 0), 0, read);
     refused(with_page(Guest::long(), 0), WRITE, write);
@@ -55,7 +54,6 @@ fn not_present() {
     refused(with_page(Guest::long(), 0), FETCH, jump);
 }
 
-#[test]
 fn level_3_needs_the_user_bit() {
     refused(with_page(Guest::long_user(), flag::KERNEL), PRESENT | USER, user_read);
     refused(with_page(Guest::long_user(), flag::KERNEL), PRESENT | USER | WRITE, user_write);
@@ -63,7 +61,6 @@ fn level_3_needs_the_user_bit() {
     allowed(with_page(Guest::long_user(), flag::USER), user_write);
 }
 
-#[test]
 fn level_3_needs_the_user_bit_at_every_level() {
     for shift in [21, 30, 39] {
         let g = with_page(Guest::long_user(), flag::USER);
@@ -83,7 +80,6 @@ fn g_with_own_top(mut g: Guest) -> Guest {
     g
 }
 
-#[test]
 fn level_3_needs_the_write_bit_at_every_level() {
     for shift in [12, 21, 30] {
         let g = with_page(Guest::long_user(), flag::USER);
@@ -93,7 +89,6 @@ fn level_3_needs_the_write_bit_at_every_level() {
     }
 }
 
-#[test]
 fn level_0_writes_read_only_pages_without_wp() {
     refused(with_page(Guest::long(), flag::P), PRESENT | WRITE, write);
     let mut g = with_page(Guest::long(), flag::P);
@@ -101,7 +96,6 @@ fn level_0_writes_read_only_pages_without_wp() {
     allowed(g, write);
 }
 
-#[test]
 fn wp_switched_on_later_counts_for_pages_already_written() {
     let mut g = with_page(Guest::long(), flag::P);
     g.state.cr0 &= !cr0::WP;
@@ -114,21 +108,18 @@ fn wp_switched_on_later_counts_for_pages_already_written() {
     assert_eq!(g.run(main).page_fault(PAGE, PRESENT | WRITE).rip, last);
 }
 
-#[test]
 fn level_3_never_writes_read_only_pages() {
     let mut g = with_page(Guest::long_user(), flag::P | flag::U);
     g.state.cr0 &= !cr0::WP;
     refused(g, PRESENT | USER | WRITE, user_write);
 }
 
-#[test]
 fn no_execute() {
     refused(with_page(Guest::long(), flag::KERNEL | flag::NX), PRESENT | FETCH, jump);
     refused(with_page(Guest::long_user(), flag::USER | flag::NX), PRESENT | USER | FETCH, jump);
     allowed(with_page(Guest::long(), flag::KERNEL | flag::NX), write);
 }
 
-#[test]
 fn no_execute_at_an_upper_level() {
     let g = with_page(Guest::long(), flag::KERNEL);
     let at = g.tables.entry(PAGE, 30);
@@ -136,21 +127,18 @@ fn no_execute_at_an_upper_level() {
     refused(g, PRESENT | FETCH, jump);
 }
 
-#[test]
 fn the_nx_bit_is_reserved_without_nxe() {
     let mut g = with_page(Guest::long(), flag::KERNEL | flag::NX);
     g.state.efer &= !efer::NXE;
     refused(g, PRESENT | RESERVED, read);
 }
 
-#[test]
 fn fetches_are_not_told_apart_without_nxe_and_smep() {
     let mut g = with_page(Guest::long(), 0);
     g.state.efer &= !efer::NXE;
     refused(g, 0, jump);
 }
 
-#[test]
 fn reserved_bits_at_each_level() {
     for shift in [12, 21, 30] {
         let g = with_page(Guest::long(), flag::KERNEL);
@@ -162,7 +150,6 @@ fn reserved_bits_at_each_level() {
     refused(g, PRESENT | RESERVED | USER | WRITE, user_write);
 }
 
-#[test]
 fn reserved_bits_of_large_pages() {
     // Bits 20 to 13 of an entry for 2 MiB, 29 to 13 of one for 1 GiB.
     for (shift, physical) in [(21, 0x2000), (30, 0x20_0000)] {
@@ -173,7 +160,6 @@ fn reserved_bits_of_large_pages() {
     }
 }
 
-#[test]
 fn ps_is_reserved_at_the_top_level() {
     let mut g = Guest::long();
     let address = 1 << 39;
@@ -185,7 +171,6 @@ fn ps_is_reserved_at_the_top_level() {
     g.run(main).page_fault(address, PRESENT | RESERVED);
 }
 
-#[test]
 fn smep_refuses_user_code_at_level_0() {
     let mut g = with_page(Guest::long(), flag::USER);
     g.state.cr4 |= cr4::SMEP;
@@ -196,7 +181,6 @@ fn smep_refuses_user_code_at_level_0() {
     allowed(g, jump);
 }
 
-#[test]
 fn smep_switched_on_later_counts_for_code_already_executed() {
     let mut g = with_page(Guest::long(), flag::USER);
     g.assemble(64, PAGE, FRAME, |a| asm!(a; ret()));
@@ -204,7 +188,6 @@ fn smep_switched_on_later_counts_for_code_already_executed() {
     assert_eq!(g.run(main).page_fault(PAGE, PRESENT | FETCH).rip, PAGE);
 }
 
-#[test]
 fn smap_refuses_user_data_at_level_0_unless_ac() {
     let smap = |build: fn(&mut CodeAssembler)| {
         let mut g = with_page(Guest::long(), flag::USER);
@@ -219,7 +202,6 @@ fn smap_refuses_user_data_at_level_0_unless_ac() {
         .page_fault(PAGE, PRESENT);
 }
 
-#[test]
 fn smap_counts_for_implicit_accesses_whatever_ac_says() {
     // The descriptor table is user memory: loading a segment reads it as the system does.
     let mut g = Guest::long();
@@ -232,14 +214,12 @@ fn smap_counts_for_implicit_accesses_whatever_ac_says() {
     g.run(main).triple_fault();
 }
 
-#[test]
 fn stac_and_clac_are_undefined_at_level_3() {
     let mut g = Guest::long_user();
     let main = g.code(|a| asm!(a; stac()));
     g.run(main).vector(vector::UD);
 }
 
-#[test]
 fn umip_hides_system_registers_from_level_3() {
     let cases: [&[u8]; 5] = [
         &[0x0f, 0x01, 0x03], // sgdt [rbx]
@@ -263,7 +243,6 @@ fn umip_hides_system_registers_from_level_3() {
     }
 }
 
-#[test]
 fn accessed_and_dirty_bits_of_a_page() {
     let accessed = |build: fn(&mut CodeAssembler)| {
         let mut g = with_page(Guest::long(), flag::KERNEL);
@@ -282,7 +261,6 @@ fn accessed_and_dirty_bits_of_a_page() {
     );
 }
 
-#[test]
 fn accessed_bits_of_the_upper_levels() {
     let mut g = with_page(Guest::long(), flag::KERNEL);
     let main = g.code(read);
@@ -293,7 +271,6 @@ fn accessed_bits_of_the_upper_levels() {
     assert_eq!(upper(&g), [flag::A, flag::A]);
 }
 
-#[test]
 fn refused_writes_do_not_set_the_dirty_bit() {
     let mut g = with_page(Guest::long(), flag::P);
     let main = g.code(write);
@@ -301,7 +278,6 @@ fn refused_writes_do_not_set_the_dirty_bit() {
     assert_eq!(g.tables.get(g.tables.entry(PAGE, 12)) & flag::D, 0);
 }
 
-#[test]
 fn a_dirty_bit_that_the_guest_cleared_is_set_again_after_a_flush() {
     let mut g = with_page(Guest::long(), flag::KERNEL);
     let entry = g.tables.entry(PAGE, 12);
@@ -315,7 +291,6 @@ fn a_dirty_bit_that_the_guest_cleared_is_set_again_after_a_flush() {
     assert_eq!(g.tables.get(entry) & flag::D, flag::D);
 }
 
-#[test]
 fn two_level_tables() {
     let paged = |flags: u64, build: fn(&mut CodeAssembler)| {
         let mut g = Guest::mode(Mode::Paged32);
@@ -329,7 +304,6 @@ fn two_level_tables() {
     paged(flag::P, |a| asm!(a; mov(eax, dword_ptr(ebx)); done())).done();
 }
 
-#[test]
 fn two_level_tables_with_4_mib_pages() {
     let mut g = Guest::mode(Mode::Paged32);
     g.map_large(PAGE, 0x40_0000, flag::KERNEL, 22);
@@ -341,7 +315,6 @@ fn two_level_tables_with_4_mib_pages() {
     assert_eq!(g.tables.get(g.tables.entry(PAGE, 22)) & (flag::A | flag::D), flag::A | flag::D);
 }
 
-#[test]
 fn pae_tables_with_2_mib_pages_and_nx() {
     let mut g = Guest::mode(Mode::Pae);
     g.map_large(PAGE, 0x60_0000, flag::KERNEL | flag::NX, 21);
@@ -353,7 +326,6 @@ fn pae_tables_with_2_mib_pages_and_nx() {
     assert_eq!(end.rax(), 77);
 }
 
-#[test]
 fn pae_reserved_bits() {
     let mut g = Guest::mode(Mode::Pae);
     g.map(PAGE, FRAME, flag::KERNEL | 1 << 55);
@@ -362,7 +334,6 @@ fn pae_reserved_bits() {
     g.run(main).page_fault(PAGE, PRESENT | RESERVED);
 }
 
-#[test]
 fn pae_checks_the_directory_pointers_when_cr3_is_loaded() {
     let mut g = Guest::mode(Mode::Pae);
     g.set(ARENA, 8, 1 << 2 | flag::P);
@@ -371,7 +342,6 @@ fn pae_checks_the_directory_pointers_when_cr3_is_loaded() {
     assert_eq!(g.run(main).fault(vector::GP, 0).rip, main);
 }
 
-#[test]
 fn large_pages_of_four_level_tables() {
     for (shift, physical) in [(21, 0x60_0000), (30, 0)] {
         let mut g = Guest::long();
@@ -384,3 +354,36 @@ fn large_pages_of_four_level_tables() {
         assert_eq!(g.get(physical + offset, 8), !0x0123_4567_89ab_cdef);
     }
 }
+
+berth_tests_system::cases![
+    not_present,
+    level_3_needs_the_user_bit,
+    level_3_needs_the_user_bit_at_every_level,
+    level_3_needs_the_write_bit_at_every_level,
+    level_0_writes_read_only_pages_without_wp,
+    wp_switched_on_later_counts_for_pages_already_written,
+    level_3_never_writes_read_only_pages,
+    no_execute,
+    no_execute_at_an_upper_level,
+    the_nx_bit_is_reserved_without_nxe,
+    fetches_are_not_told_apart_without_nxe_and_smep,
+    reserved_bits_at_each_level,
+    reserved_bits_of_large_pages,
+    ps_is_reserved_at_the_top_level,
+    smep_refuses_user_code_at_level_0,
+    smep_switched_on_later_counts_for_code_already_executed,
+    smap_refuses_user_data_at_level_0_unless_ac,
+    smap_counts_for_implicit_accesses_whatever_ac_says,
+    stac_and_clac_are_undefined_at_level_3,
+    umip_hides_system_registers_from_level_3,
+    accessed_and_dirty_bits_of_a_page,
+    accessed_bits_of_the_upper_levels,
+    refused_writes_do_not_set_the_dirty_bit,
+    a_dirty_bit_that_the_guest_cleared_is_set_again_after_a_flush,
+    two_level_tables,
+    two_level_tables_with_4_mib_pages,
+    pae_tables_with_2_mib_pages_and_nx,
+    pae_reserved_bits,
+    pae_checks_the_directory_pointers_when_cr3_is_loaded,
+    large_pages_of_four_level_tables,
+];

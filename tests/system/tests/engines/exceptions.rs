@@ -19,12 +19,10 @@ fn end_code(g: &Guest) -> u16 {
     g.state.cs.selector
 }
 
-#[test]
 fn de_by_zero() {
     faults(Guest::long(), vector::DE, |a| asm!(a; div(ecx)));
 }
 
-#[test]
 fn de_by_quotient_too_large() {
     let mut g = Guest::long();
     g.reg(gpr::RDX, 5);
@@ -33,7 +31,6 @@ fn de_by_quotient_too_large() {
     assert_eq!((end.reg(gpr::RDX), end.reg(gpr::RCX)), (5, 5));
 }
 
-#[test]
 fn de_by_signed_overflow_of_memory_operand() {
     let mut g = Guest::long();
     g.reg(gpr::RAX, 0x8000_0000);
@@ -43,14 +40,12 @@ fn de_by_signed_overflow_of_memory_operand() {
     faults(g, vector::DE, |a| asm!(a; idiv(dword_ptr(rbx))));
 }
 
-#[test]
 fn de_of_aam_by_zero() {
     let mut g = Guest::mode(Mode::Paged32);
     let main = g.code(|a| asm!(a; bytes(&[0xd4, 0x00])));
     assert_eq!(g.run(main).vector(vector::DE).rip, main);
 }
 
-#[test]
 fn db_of_int1() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; int1()));
@@ -59,7 +54,6 @@ fn db_of_int1() {
     assert_eq!(end.state.dr[6] & (1 << 14), 0, "INT1 is no single step");
 }
 
-#[test]
 fn bp_is_a_trap() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; int3()));
@@ -67,28 +61,24 @@ fn bp_is_a_trap() {
     assert_eq!((frame.rip, frame.flags & rflags::RF), (main + 1, 0));
 }
 
-#[test]
 fn bp_from_level_3_needs_dpl_3() {
     let mut g = Guest::long_user();
     let main = g.code(|a| asm!(a; int3()));
     assert_eq!(g.run(main).fault(vector::GP, 3 * 8 + 2).rip, main);
 }
 
-#[test]
 fn int_n_pushes_the_next_address() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; int(0x21)));
     assert_eq!(g.run(main).vector(0x21).rip, main + 2);
 }
 
-#[test]
 fn of_by_into_only_with_overflow() {
     let mut g = Guest::mode(Mode::Protected32);
     let main = g.code(|a| asm!(a; xor(eax, eax); into(); mov(al, 0x7f); add(al, 1); into()));
     assert_eq!(g.run(main).vector(vector::OF).rip, main + 2 + 1 + 2 + 2 + 1);
 }
 
-#[test]
 fn br_by_bound() {
     let mut g = Guest::mode(Mode::Protected32);
     g.set(DATA, 4, 10);
@@ -100,29 +90,24 @@ fn br_by_bound() {
     assert_eq!(g.run(main).vector(vector::BR).rip, main + 2);
 }
 
-#[test]
 fn ud_by_ud2() {
     faults(Guest::long(), vector::UD, |a| asm!(a; ud2()));
 }
 
-#[test]
 fn ud_by_lock_on_an_instruction_without_it() {
     faults(Guest::long(), vector::UD, |a| asm!(a; bytes(&[0xf0, 0x01, 0xc8])));
 }
 
-#[test]
 fn ud_by_instructions_that_64_bit_mode_does_not_have() {
     for opcode in [0x06, 0x27, 0x37, 0x60, 0xce, 0xd4, 0x9a, 0xea] {
         faults(Guest::long(), vector::UD, |a| asm!(a; bytes(&[opcode, 0, 0, 0, 0, 0, 0])));
     }
 }
 
-#[test]
 fn ud_by_moving_to_cr1() {
     faults(Guest::long(), vector::UD, |a| asm!(a; bytes(&[0x0f, 0x22, 0xc8])));
 }
 
-#[test]
 fn gp_by_an_instruction_of_16_bytes() {
     let mut bytes = vec![0x66; 15];
     bytes.push(0x90);
@@ -130,7 +115,6 @@ fn gp_by_an_instruction_of_16_bytes() {
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn an_instruction_of_15_bytes_is_fine() {
     let mut bytes = vec![0x66; 14];
     bytes.push(0x90);
@@ -139,14 +123,12 @@ fn an_instruction_of_15_bytes_is_fine() {
     g.run(main).done();
 }
 
-#[test]
 fn nm_by_x87_with_task_switched() {
     let mut g = Guest::long();
     g.state.cr0 |= cr0::TS;
     faults(g, vector::NM, |a| asm!(a; fld1()));
 }
 
-#[test]
 fn nm_by_sse_with_task_switched_until_clts() {
     let mut g = Guest::long();
     g.state.cr0 |= cr0::TS;
@@ -160,7 +142,6 @@ fn nm_by_sse_with_task_switched_until_clts() {
     assert_eq!(frame.rip, second);
 }
 
-#[test]
 fn nm_by_wait_needs_mp_and_ts() {
     let mut g = Guest::long();
     g.state.cr0 = g.state.cr0 & !cr0::MP | cr0::TS;
@@ -171,7 +152,6 @@ fn nm_by_wait_needs_mp_and_ts() {
     faults(g, vector::NM, |a| asm!(a; wait()));
 }
 
-#[test]
 fn em_makes_x87_nm_and_sse_ud() {
     let mut g = Guest::long();
     g.state.cr0 |= cr0::EM;
@@ -181,7 +161,6 @@ fn em_makes_x87_nm_and_sse_ud() {
     faults(g, vector::UD, |a| asm!(a; addps(xmm0, xmm1)));
 }
 
-#[test]
 fn ud_by_sse_without_osfxsr_and_avx_without_osxsave() {
     let mut g = Guest::long();
     g.state.cr4 &= !cr4::OSFXSR;
@@ -191,7 +170,6 @@ fn ud_by_sse_without_osfxsr_and_avx_without_osxsave() {
     faults(g, vector::UD, |a| asm!(a; vaddps(ymm0, ymm1, ymm2)));
 }
 
-#[test]
 fn ts_by_a_return_stack_that_is_no_stack() {
     // An inner stack selector in the TSS that is code: #TS with that selector.
     let mut g = Guest::user(Mode::Protected32);
@@ -204,7 +182,6 @@ fn ts_by_a_return_stack_that_is_no_stack() {
     end.triple_fault();
 }
 
-#[test]
 fn ts_with_the_selector_of_the_bad_stack() {
     let mut g = Guest::user(Mode::Protected32);
     g.set(TSS + 8, 2, u64::from(selector::CODE32));
@@ -219,7 +196,6 @@ fn ts_with_the_selector_of_the_bad_stack() {
     assert_eq!(g.log(), [u32::from(selector::CODE32)]);
 }
 
-#[test]
 fn np_by_a_segment_that_is_not_present() {
     let mut g = Guest::long();
     g.descriptor(selector::FREE, 0x00cf_1300_0000_ffff);
@@ -228,7 +204,6 @@ fn np_by_a_segment_that_is_not_present() {
     assert_eq!(frame.error, Some(u32::from(selector::FREE)));
 }
 
-#[test]
 fn np_by_a_gate_that_is_not_present() {
     let mut g = Guest::long();
     g.set_gate(0x21, Gate { present: false, ..g.gate_to(STUBS) });
@@ -236,7 +211,6 @@ fn np_by_a_gate_that_is_not_present() {
     assert_eq!(frame.error, Some(0x21 * 8 + 2));
 }
 
-#[test]
 fn ss_by_a_stack_segment_that_is_not_present() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, 0x00cf_1300_0000_ffff);
@@ -245,7 +219,6 @@ fn ss_by_a_stack_segment_that_is_not_present() {
     assert_eq!(frame.error, Some(u32::from(selector::FREE)));
 }
 
-#[test]
 fn ss_by_a_non_canonical_stack() {
     let mut g = Guest::long();
     g.reg(gpr::RBP, 1 << 63);
@@ -253,14 +226,12 @@ fn ss_by_a_non_canonical_stack() {
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn gp_by_a_jump_to_a_non_canonical_address() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, 1 << 60);
     faults(g, vector::GP, |a| asm!(a; jmp(rbx)));
 }
 
-#[test]
 fn gp_by_a_call_to_a_non_canonical_address_leaves_rsp() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, 1 << 60);
@@ -269,7 +240,6 @@ fn gp_by_a_call_to_a_non_canonical_address_leaves_rsp() {
     assert_eq!(frame.rsp, Some(stack));
 }
 
-#[test]
 fn gp_by_a_return_to_a_non_canonical_address_leaves_rsp() {
     let mut g = Guest::long();
     let stack = g.state.gpr[gpr::RSP];
@@ -278,7 +248,6 @@ fn gp_by_a_return_to_a_non_canonical_address_leaves_rsp() {
     assert_eq!(frame.rsp, Some(stack));
 }
 
-#[test]
 fn gp_by_a_non_canonical_address() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, 1 << 63);
@@ -286,7 +255,6 @@ fn gp_by_a_non_canonical_address() {
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn gp_by_privileged_instructions_at_level_3() {
     let cases: &[&[u8]] = &[
         &[0xf4],             // hlt
@@ -316,13 +284,11 @@ fn gp_by_privileged_instructions_at_level_3() {
     }
 }
 
-#[test]
 fn gp_by_a_null_stack_in_32_bit_mode() {
     let (frame, _) = faults(Guest::mode(Mode::Protected32), vector::GP, |a| asm!(a; mov(ss, cx)));
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn gp_by_a_selector_outside_the_table() {
     let mut g = Guest::long();
     g.reg(gpr::RAX, 0x1238);
@@ -330,7 +296,6 @@ fn gp_by_a_selector_outside_the_table() {
     assert_eq!(frame.error, Some(0x1238));
 }
 
-#[test]
 fn gp_by_a_selector_of_an_absent_ldt() {
     let mut g = Guest::long();
     g.reg(gpr::RAX, 0x0c);
@@ -338,7 +303,6 @@ fn gp_by_a_selector_of_an_absent_ldt() {
     assert_eq!(frame.error, Some(0x0c));
 }
 
-#[test]
 fn gp_by_misaligned_vector_memory() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, DATA + 8);
@@ -349,7 +313,6 @@ fn gp_by_misaligned_vector_memory() {
     faults(g, vector::GP, |a| asm!(a; vmovdqa(ymmword_ptr(rbx), ymm0)));
 }
 
-#[test]
 fn gp_by_bad_control_register_values() {
     let cases: &[(&[u8], u64)] = &[
         (&[0x0f, 0x22, 0xc0], 0x8000_0010),           // CR0: PG without PE
@@ -370,7 +333,6 @@ fn gp_by_bad_control_register_values() {
     }
 }
 
-#[test]
 fn mf_comes_at_the_next_waiting_instruction() {
     let mut g = Guest::long();
     g.set(DATA, 2, 0x037f & !4);
@@ -380,7 +342,6 @@ fn mf_comes_at_the_next_waiting_instruction() {
     assert_eq!(frame.rip, main + 2 + 2 + 2 + 2 + 1);
 }
 
-#[test]
 fn mf_is_not_raised_by_non_waiting_instructions() {
     let mut g = Guest::long();
     g.set(DATA, 2, 0x037f & !4);
@@ -392,7 +353,6 @@ fn mf_is_not_raised_by_non_waiting_instructions() {
     assert_eq!(end.rax() & 0x84, 0x84, "zero divide and the summary bit");
 }
 
-#[test]
 fn ac_by_misaligned_data_at_level_3() {
     let mut g = Guest::long_user();
     g.state.cr0 |= cr0::AM;
@@ -402,7 +362,6 @@ fn ac_by_misaligned_data_at_level_3() {
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn ac_is_off_at_level_0_and_for_aligned_data() {
     let mut g = Guest::long();
     g.state.cr0 |= cr0::AM;
@@ -418,7 +377,6 @@ fn ac_is_off_at_level_0_and_for_aligned_data() {
     g.run(main).done();
 }
 
-#[test]
 fn xm_by_an_unmasked_sse_exception() {
     let mut g = Guest::long();
     g.set(DATA, 4, 0x1f80 & !(1 << 9));
@@ -431,7 +389,6 @@ fn xm_by_an_unmasked_sse_exception() {
     assert_ne!(end.state.fpu.0[24] & 4, 0, "MXCSR.ZE is set");
 }
 
-#[test]
 fn ud_instead_of_xm_without_osxmmexcpt() {
     let mut g = Guest::long();
     g.state.cr4 &= !cr4::OSXMMEXCPT;
@@ -443,7 +400,6 @@ fn ud_instead_of_xm_without_osxmmexcpt() {
     g.run(main).vector(vector::UD);
 }
 
-#[test]
 fn gp_by_reserved_bits_of_mxcsr() {
     let mut g = Guest::long();
     g.set(DATA, 4, 0x1_1f80);
@@ -452,7 +408,6 @@ fn gp_by_reserved_bits_of_mxcsr() {
     assert_eq!(frame.error, Some(0));
 }
 
-#[test]
 fn df_when_a_contributory_exception_meets_another() {
     let mut g = Guest::long();
     // #GP cannot be delivered: its gate is not present, which is #NP.
@@ -462,7 +417,6 @@ fn df_when_a_contributory_exception_meets_another() {
     assert_eq!(g.run(main).fault(vector::DF, 0).rip, main);
 }
 
-#[test]
 fn df_when_a_page_fault_meets_a_page_fault() {
     let mut g = Guest::long();
     g.reg(gpr::RSP, 0x5000_0000);
@@ -474,7 +428,6 @@ fn df_when_a_page_fault_meets_a_page_fault() {
     assert_eq!(end.reg(gpr::RSP), IST_STACK - 48, "on the stack that the IST names");
 }
 
-#[test]
 fn a_fault_after_a_benign_one_is_delivered_instead() {
     let mut g = Guest::long();
     // #UD is benign: that its gate is not present is just #NP.
@@ -483,7 +436,6 @@ fn a_fault_after_a_benign_one_is_delivered_instead() {
     assert_eq!(g.run(main).fault(vector::NP, 6 * 8 + 2 + 1).rip, main);
 }
 
-#[test]
 fn a_page_fault_while_a_page_fault_is_delivered_leaves_its_own_cr2() {
     let mut g = Guest::long();
     g.reg(gpr::RSP, 0x5000_0000);
@@ -495,7 +447,6 @@ fn a_page_fault_while_a_page_fault_is_delivered_leaves_its_own_cr2() {
     assert_eq!(end.state.cr2 & !0xfff, 0x4fff_f000);
 }
 
-#[test]
 fn triple_fault_without_any_handler() {
     let mut g = Guest::long();
     g.state.idtr.limit = 0;
@@ -503,7 +454,6 @@ fn triple_fault_without_any_handler() {
     g.run(main).triple_fault();
 }
 
-#[test]
 fn triple_fault_in_real_mode() {
     let mut g = Guest::mode(Mode::Real);
     g.state.idtr.limit = 3;
@@ -511,7 +461,6 @@ fn triple_fault_in_real_mode() {
     g.run(main).triple_fault();
 }
 
-#[test]
 fn a_vector_outside_the_idt_is_gp_with_the_idt_bit() {
     let mut g = Guest::long();
     g.state.idtr.limit = 0x40 * 16 - 1;
@@ -519,8 +468,62 @@ fn a_vector_outside_the_idt_is_gp_with_the_idt_bit() {
     assert_eq!(frame.error, Some(0x40 * 8 + 2));
 }
 
-#[test]
 fn sysenter_in_long_mode_follows_the_vendor() {
     let vector = if is_amd() { vector::UD } else { vector::GP };
     faults(Guest::long(), vector, |a| asm!(a; sysenter()));
 }
+
+berth_tests_system::cases![
+    de_by_zero,
+    de_by_quotient_too_large,
+    de_by_signed_overflow_of_memory_operand,
+    de_of_aam_by_zero,
+    db_of_int1,
+    bp_is_a_trap,
+    bp_from_level_3_needs_dpl_3,
+    int_n_pushes_the_next_address,
+    of_by_into_only_with_overflow,
+    br_by_bound,
+    ud_by_ud2,
+    ud_by_lock_on_an_instruction_without_it,
+    ud_by_instructions_that_64_bit_mode_does_not_have,
+    ud_by_moving_to_cr1,
+    gp_by_an_instruction_of_16_bytes,
+    an_instruction_of_15_bytes_is_fine,
+    nm_by_x87_with_task_switched,
+    nm_by_sse_with_task_switched_until_clts,
+    nm_by_wait_needs_mp_and_ts,
+    em_makes_x87_nm_and_sse_ud,
+    ud_by_sse_without_osfxsr_and_avx_without_osxsave,
+    ts_by_a_return_stack_that_is_no_stack,
+    ts_with_the_selector_of_the_bad_stack,
+    np_by_a_segment_that_is_not_present,
+    np_by_a_gate_that_is_not_present,
+    ss_by_a_stack_segment_that_is_not_present,
+    ss_by_a_non_canonical_stack,
+    gp_by_a_jump_to_a_non_canonical_address,
+    gp_by_a_call_to_a_non_canonical_address_leaves_rsp,
+    gp_by_a_return_to_a_non_canonical_address_leaves_rsp,
+    gp_by_a_non_canonical_address,
+    gp_by_privileged_instructions_at_level_3,
+    gp_by_a_null_stack_in_32_bit_mode,
+    gp_by_a_selector_outside_the_table,
+    gp_by_a_selector_of_an_absent_ldt,
+    gp_by_misaligned_vector_memory,
+    gp_by_bad_control_register_values,
+    mf_comes_at_the_next_waiting_instruction,
+    mf_is_not_raised_by_non_waiting_instructions,
+    ac_by_misaligned_data_at_level_3,
+    ac_is_off_at_level_0_and_for_aligned_data,
+    xm_by_an_unmasked_sse_exception,
+    ud_instead_of_xm_without_osxmmexcpt,
+    gp_by_reserved_bits_of_mxcsr,
+    df_when_a_contributory_exception_meets_another,
+    df_when_a_page_fault_meets_a_page_fault,
+    a_fault_after_a_benign_one_is_delivered_instead,
+    a_page_fault_while_a_page_fault_is_delivered_leaves_its_own_cr2,
+    triple_fault_without_any_handler,
+    triple_fault_in_real_mode,
+    a_vector_outside_the_idt_is_gp_with_the_idt_bit,
+    sysenter_in_long_mode_follows_the_vendor,
+];

@@ -30,7 +30,6 @@ fn run(g: &mut Guest, build: impl FnOnce(&mut CodeAssembler)) -> End {
     g.run(main)
 }
 
-#[test]
 fn loads_across_pages() {
     let end = run(&mut two_pages(flag::KERNEL), |a| {
         asm!(a; mov(rax, qword_ptr(rbx)); mov(cx, word_ptr(rbx + 2)); movups(xmm3, xmmword_ptr(rbx - 4)); movzx(edx, word_ptr(rbx + 2)));
@@ -41,7 +40,6 @@ fn loads_across_pages() {
     assert_eq!(end.state.fpu.0[160 + 48..][..16], [[0x11; 7].as_slice(), &[0x22; 9]].concat());
 }
 
-#[test]
 fn stores_across_pages() {
     let mut g = two_pages(flag::KERNEL);
     g.reg(gpr::RAX, 0x8877_6655_4433_2211);
@@ -49,7 +47,6 @@ fn stores_across_pages() {
     assert_eq!((g.get(FIRST + 0xffd, 3), g.get(SECOND, 8)), (0x33_2211, 0x2222_2288_7766_5544));
 }
 
-#[test]
 fn read_modify_write_across_pages() {
     let mut g = two_pages(flag::KERNEL);
     run(&mut g, |a| asm!(a; add(qword_ptr(rbx), 1); not(dword_ptr(rbx)); lock().inc(qword_ptr(rbx)))).done();
@@ -57,14 +54,12 @@ fn read_modify_write_across_pages() {
     assert_eq!(g.get(FIRST + 0xffd, 3) | g.get(SECOND, 5) << 24, expected);
 }
 
-#[test]
 fn a_wide_vector_across_pages() {
     let mut g = two_pages(flag::KERNEL);
     run(&mut g, |a| asm!(a; vmovdqu(ymm1, ymmword_ptr(rbx)); vpaddb(ymm1, ymm1, ymmword_ptr(rbx)); vmovdqu(ymmword_ptr(rbx), ymm1))).done();
     assert_eq!((g.get(FIRST + 0xffd, 3), g.get(SECOND, 8)), (0x22_2222, 0x4444_4444_4444_4444));
 }
 
-#[test]
 fn a_fault_on_the_second_page_has_its_address() {
     let main = |build: fn(&mut CodeAssembler), second: u64, error: u32| {
         let mut g = two_pages(second);
@@ -82,14 +77,12 @@ fn a_fault_on_the_second_page_has_its_address() {
     main(|a| asm!(a; movups(xmmword_ptr(rbx), xmm0)), 0, pf_error::WRITE);
 }
 
-#[test]
 fn a_fault_on_the_first_page_comes_first() {
     let mut g = two_pages(0);
     g.unmap(PAGE);
     run(&mut g, |a| asm!(a; mov(rax, qword_ptr(rbx)))).page_fault(PAGE + 0xffd, 0);
 }
 
-#[test]
 fn a_push_across_pages_that_faults_leaves_rsp() {
     let mut g = two_pages(flag::KERNEL);
     g.unmap(PAGE);
@@ -101,7 +94,6 @@ fn a_push_across_pages_that_faults_leaves_rsp() {
     assert_eq!(g.get(SECOND, 4), 0x2222_2222);
 }
 
-#[test]
 fn code_across_pages_faults_with_the_second_address() {
     let mut g = Guest::long();
     g.map(PAGE, FIRST, flag::KERNEL);
@@ -111,7 +103,6 @@ fn code_across_pages_faults_with_the_second_address() {
     assert_eq!(frame.rip, PAGE + 0xffe);
 }
 
-#[test]
 fn code_across_pages_of_different_frames() {
     let mut g = Guest::long();
     g.map(PAGE, FIRST, flag::KERNEL);
@@ -122,7 +113,6 @@ fn code_across_pages_of_different_frames() {
     assert_eq!(g.run(main).done().rax(), 0x0807_0605_0403_0201);
 }
 
-#[test]
 fn a_string_stops_at_the_page_that_faults() {
     let mut g = two_pages(0);
     g.reg(gpr::RDI, PAGE + 0xff0);
@@ -135,7 +125,6 @@ fn a_string_stops_at_the_page_that_faults() {
     assert_eq!(g.get(FIRST + 0xff8, 8), 0x7777_7777_7777_7777);
 }
 
-#[test]
 fn a_string_goes_on_when_the_page_is_there() {
     let mut g = two_pages(0);
     let entry = g.tables.entry(PAGE + 0x1000, 12);
@@ -156,7 +145,6 @@ fn a_string_goes_on_when_the_page_is_there() {
     assert_eq!(g.get(SECOND + 0x7ff, 2), 0x7ff);
 }
 
-#[test]
 fn a_backward_string_stops_at_the_page_that_faults() {
     let mut g = two_pages(flag::KERNEL);
     g.unmap(PAGE);
@@ -169,7 +157,6 @@ fn a_backward_string_stops_at_the_page_that_faults() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RSI), end.reg(gpr::RDI)), (0xb, PAGE + 0xfff, DATA + 0x7b));
 }
 
-#[test]
 fn comparing_strings_fault_with_exact_counts() {
     let mut g = two_pages(0);
     g.write(DATA, &[0x11; 64]);
@@ -181,7 +168,6 @@ fn comparing_strings_fault_with_exact_counts() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::RSI)), (56, DATA + 8));
 }
 
-#[test]
 fn a_string_with_count_zero_does_not_access() {
     let mut g = Guest::long();
     g.reg(gpr::RDI, 1 << 63);
@@ -189,7 +175,6 @@ fn a_string_with_count_zero_does_not_access() {
     run(&mut g, |a| asm!(a; rep().movsb(); rep().stosq(); repne().scasb())).done();
 }
 
-#[test]
 fn the_last_and_first_bytes_of_the_address_space() {
     let mut g = Guest::long();
     g.map(0xffff_ffff_ffff_f000, FIRST, flag::KERNEL);
@@ -200,7 +185,6 @@ fn the_last_and_first_bytes_of_the_address_space() {
     assert_eq!(run(&mut g, |a| asm!(a; mov(rax, qword_ptr(rbx)))).done().rax(), 0x2222_2222_1111_1111);
 }
 
-#[test]
 fn an_access_that_leaves_the_canonical_range() {
     let mut g = Guest::long();
     g.map(0x7fff_ffff_f000, FIRST, flag::KERNEL);
@@ -209,7 +193,6 @@ fn an_access_that_leaves_the_canonical_range() {
     run(&mut g, |a| asm!(a; mov(rax, qword_ptr(rbx)))).fault(vector::GP, 0);
 }
 
-#[test]
 fn canonical_high_addresses_work() {
     let mut g = Guest::long();
     g.map(0xffff_8000_0000_0000, FIRST, flag::KERNEL);
@@ -219,7 +202,6 @@ fn canonical_high_addresses_work() {
     assert_eq!(run(&mut g, |a| asm!(a; lea(rcx, ptr(rbx + 0x100)); call(rcx))).done().rax(), 0x4321);
 }
 
-#[test]
 fn device_accesses_of_each_size() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, MMIO);
@@ -245,7 +227,6 @@ fn device_accesses_of_each_size() {
     assert_eq!([gpr::RCX, gpr::RDX, gpr::RSI].map(|r| end.reg(r)), [0x11, 0x2211, 0x4433_2211]);
 }
 
-#[test]
 fn a_read_modify_write_of_a_device_reads_once_and_writes_once() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, MMIO);
@@ -255,7 +236,6 @@ fn a_read_modify_write_of_a_device_reads_once_and_writes_once() {
     assert_eq!(g.mmio(), [Read(0, 4), Write(0, 4, 5), Read(0, 4), Write(0, 4, 13), Read(0, 4)]);
 }
 
-#[test]
 fn strings_to_and_from_a_device() {
     let mut g = Guest::long();
     g.set(DATA, 8, 0x0807_0605_0403_0201);
@@ -270,7 +250,6 @@ fn strings_to_and_from_a_device() {
     assert_eq!(g.mmio().len(), 4);
 }
 
-#[test]
 fn an_access_half_in_ram_and_half_in_a_device() {
     let mut g = Guest::long();
     g.map(MMIO - 0x1000, FIRST, flag::KERNEL);
@@ -280,7 +259,6 @@ fn an_access_half_in_ram_and_half_in_a_device() {
     assert_eq!((g.get(FIRST + 0xffc, 4), end.reg(gpr::RCX)), (0x4433_2211, 0x8877_6655_4433_2211));
 }
 
-#[test]
 fn memory_that_is_not_there_reads_as_ones() {
     let mut g = Guest::long();
     g.map(PAGE, 0xd800_0000, flag::KERNEL);
@@ -291,7 +269,6 @@ fn memory_that_is_not_there_reads_as_ones() {
     );
 }
 
-#[test]
 fn ports_of_each_size() {
     let mut g = Guest::long();
     g.reg(gpr::RAX, 0x4433_2211);
@@ -306,7 +283,6 @@ fn ports_of_each_size() {
     assert_eq!(end.reg(gpr::RDI), 0x1111);
 }
 
-#[test]
 fn string_input_and_output() {
     let mut g = Guest::long();
     g.set(DATA, 8, 0x0000_0002_0000_0001);
@@ -321,3 +297,30 @@ fn string_input_and_output() {
     assert_eq!(g.get(DATA + 0x100, 4), 0x0099_9999);
     assert_eq!((end.reg(gpr::RSI), end.reg(gpr::RDI)), (DATA + 8, DATA + 0x103));
 }
+
+berth_tests_system::cases![
+    loads_across_pages,
+    stores_across_pages,
+    read_modify_write_across_pages,
+    a_wide_vector_across_pages,
+    a_fault_on_the_second_page_has_its_address,
+    a_fault_on_the_first_page_comes_first,
+    a_push_across_pages_that_faults_leaves_rsp,
+    code_across_pages_faults_with_the_second_address,
+    code_across_pages_of_different_frames,
+    a_string_stops_at_the_page_that_faults,
+    a_string_goes_on_when_the_page_is_there,
+    a_backward_string_stops_at_the_page_that_faults,
+    comparing_strings_fault_with_exact_counts,
+    a_string_with_count_zero_does_not_access,
+    the_last_and_first_bytes_of_the_address_space,
+    an_access_that_leaves_the_canonical_range,
+    canonical_high_addresses_work,
+    device_accesses_of_each_size,
+    a_read_modify_write_of_a_device_reads_once_and_writes_once,
+    strings_to_and_from_a_device,
+    an_access_half_in_ram_and_half_in_a_device,
+    memory_that_is_not_there_reads_as_ones,
+    ports_of_each_size,
+    string_input_and_output,
+];

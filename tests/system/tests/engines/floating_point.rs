@@ -3,7 +3,6 @@
 
 use berth_tests_system::prelude::*;
 
-#[test]
 fn fxsave_and_fxrstor_give_everything_back() {
     let mut g = Guest::long();
     g.set(DATA + 0x800, 8, 0x4009_21fb_5444_2d18);
@@ -20,7 +19,6 @@ fn fxsave_and_fxrstor_give_everything_back() {
     assert_eq!((end.rax(), end.reg(gpr::RCX)), (0x4009_21fb_5444_2d18, 0x4009_21fb_5444_2d18));
 }
 
-#[test]
 fn the_fxsave_image_has_the_fields_of_the_manual() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; fninit(); fld1(); fld1(); fxsave(ptr(DATA)); done()));
@@ -32,14 +30,12 @@ fn the_fxsave_image_has_the_fields_of_the_manual() {
     assert_eq!((g.get(DATA + 32, 8), g.get(DATA + 40, 2)), (1 << 63, 0x3fff), "ST(0) is 1.0");
 }
 
-#[test]
 fn fxsave_needs_16_byte_alignment() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; fxsave(ptr(DATA + 8))));
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn xsave_and_xrstor_of_the_upper_halves() {
     let mut g = Guest::long();
     for n in 0..4 {
@@ -57,7 +53,6 @@ fn xsave_and_xrstor_of_the_upper_halves() {
     assert_eq!(g.get(DATA + 512, 8) & 6, 6, "XSTATE_BV says that SSE and AVX are in use");
 }
 
-#[test]
 fn xrstor_of_absent_components_initialises_them() {
     let mut g = Guest::long();
     g.set(DATA + 24, 4, 0x1f80);
@@ -69,7 +64,6 @@ fn xrstor_of_absent_components_initialises_them() {
     assert_eq!([0, 1, 2, 3].map(|n| g.get(DATA + 0x840 + n * 8, 8)), [0; 4]);
 }
 
-#[test]
 fn xrstor_checks_its_header() {
     let refused = |offset: u64, value: u64| {
         let mut g = Guest::long();
@@ -81,7 +75,6 @@ fn xrstor_checks_its_header() {
     refused(16, 1); // reserved bytes
 }
 
-#[test]
 fn xsetbv_and_xgetbv() {
     let mut g = Guest::long();
     g.state.xcr0 = 1;
@@ -96,7 +89,6 @@ fn xsetbv_and_xgetbv() {
     }
 }
 
-#[test]
 fn avx_needs_its_bit_of_xcr0() {
     let mut g = Guest::long();
     g.state.xcr0 = 3;
@@ -104,7 +96,6 @@ fn avx_needs_its_bit_of_xcr0() {
     g.run(main).vector(vector::UD);
 }
 
-#[test]
 fn sse_instructions_leave_the_upper_half_and_vex_ones_clear_it() {
     let mut g = Guest::long();
     let main = g.code(|a| {
@@ -116,7 +107,6 @@ fn sse_instructions_leave_the_upper_half_and_vex_ones_clear_it() {
     assert_eq!((g.get(DATA + 40, 8), g.get(DATA + 48, 8)), (0, 0));
 }
 
-#[test]
 fn rounding_modes_are_the_guests() {
     let mut g = Guest::long();
     g.set(DATA, 4, 0x7f80); // toward zero
@@ -131,7 +121,6 @@ fn rounding_modes_are_the_guests() {
     assert_eq!(g.get(DATA + 8, 4) & 0x6000, 0x6000);
 }
 
-#[test]
 fn the_x87_stack_survives_faults_and_port_accesses() {
     let mut g = Guest::long();
     let handler = g.code(|a| asm!(a; add(qword_ptr(rsp), 2); iretq()));
@@ -145,7 +134,6 @@ fn the_x87_stack_survives_faults_and_port_accesses() {
     assert_eq!(end.rax() >> 11 & 7, 0, "the stack is empty");
 }
 
-#[test]
 fn memory_operands_across_pages() {
     let mut g = Guest::long();
     g.map(0x4000_0000, 0x50_0000, flag::KERNEL);
@@ -160,7 +148,6 @@ fn memory_operands_across_pages() {
     assert_eq!(f64::from_bits(g.get(DATA, 8)), 2.5);
 }
 
-#[test]
 fn an_sse_fault_does_not_change_its_destination() {
     let mut g = Guest::long();
     g.reg(gpr::RBX, 0x7000_0000);
@@ -169,3 +156,19 @@ fn an_sse_fault_does_not_change_its_destination() {
     end.page_fault(0x7000_0000, 0);
     assert_eq!(end.state.fpu.0[160 + 64..][..16], [0xff; 16]);
 }
+
+berth_tests_system::cases![
+    fxsave_and_fxrstor_give_everything_back,
+    the_fxsave_image_has_the_fields_of_the_manual,
+    fxsave_needs_16_byte_alignment,
+    xsave_and_xrstor_of_the_upper_halves,
+    xrstor_of_absent_components_initialises_them,
+    xrstor_checks_its_header,
+    xsetbv_and_xgetbv,
+    avx_needs_its_bit_of_xcr0,
+    sse_instructions_leave_the_upper_half_and_vex_ones_clear_it,
+    rounding_modes_are_the_guests,
+    the_x87_stack_survives_faults_and_port_accesses,
+    memory_operands_across_pages,
+    an_sse_fault_does_not_change_its_destination,
+];

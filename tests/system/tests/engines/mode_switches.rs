@@ -23,7 +23,6 @@ fn to_protected(a: &mut CodeAssembler, next: u64) {
     asm!(a; lgdt(fword_ptr(DATA)); mov(eax, cr0); or(al, 1); mov(cr0, eax); jmp_far(selector::CODE32, next as u32));
 }
 
-#[test]
 fn real_to_protected_to_long_and_all_the_way_back() {
     let mut g = Guest::mode(Mode::Real);
     let root = prepare(&mut g);
@@ -58,7 +57,6 @@ fn real_to_protected_to_long_and_all_the_way_back() {
     assert_eq!(end.state.cr0 & (cr0::PE | cr0::PG), 0);
 }
 
-#[test]
 fn real_mode_keeps_limits_that_protected_mode_loaded() {
     // "Unreal" mode: a data segment of 4 GiB is still there after CR0.PE is cleared.
     let mut g = Guest::mode(Mode::Real);
@@ -73,7 +71,6 @@ fn real_mode_keeps_limits_that_protected_mode_loaded() {
     assert_eq!(g.log(), [0x1234_5678]);
 }
 
-#[test]
 fn code_between_setting_pe_and_the_jump_is_still_16_bit() {
     let mut g = Guest::mode(Mode::Real);
     prepare(&mut g);
@@ -87,7 +84,6 @@ fn code_between_setting_pe_and_the_jump_is_still_16_bit() {
     assert_eq!(g.log(), [0x1234]);
 }
 
-#[test]
 fn the_same_bytes_in_16_32_and_64_bit_code() {
     // 66 B8 imm; then 40: INC EAX, or a REX prefix.
     let bytes = [0xb8, 0x01, 0x00, 0x90, 0x90, 0x40, 0x90, 0xe6, 0xe0, 0xe7, 0xe0];
@@ -101,7 +97,6 @@ fn the_same_bytes_in_16_32_and_64_bit_code() {
     }
 }
 
-#[test]
 fn one_page_of_code_in_two_modes() {
     // The same physical code is executed by 64-bit and by compatibility mode, alternately.
     let mut g = Guest::long();
@@ -121,7 +116,6 @@ fn one_page_of_code_in_two_modes() {
     assert_eq!(g.log(), [2, 1, 2, 1, 2, 1]);
 }
 
-#[test]
 fn long_mode_needs_pae() {
     let mut g = Guest::mode(Mode::Protected32);
     let main = g.code(|a| {
@@ -130,21 +124,18 @@ fn long_mode_needs_pae() {
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn paging_cannot_be_switched_off_in_64_bit_code() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; mov(rax, cr0); btr(rax, 31); mov(cr0, rax)));
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn lme_cannot_change_while_paging_is_on() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; mov(ecx, msr::IA32_EFER); rdmsr(); btr(eax, 8); wrmsr()));
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn lma_appears_with_paging() {
     let mut g = Guest::mode(Mode::Pae);
     // Four-level tables for the first 2 MiB.
@@ -163,7 +154,6 @@ fn lma_appears_with_paging() {
     assert_eq!(bits, [efer::LME, efer::LME | efer::LMA]);
 }
 
-#[test]
 fn upper_halves_are_gone_after_32_bit_operations_in_compatibility_mode() {
     let mut g = Guest::long();
     g.reg(gpr::RCX, u64::MAX);
@@ -176,7 +166,6 @@ fn upper_halves_are_gone_after_32_bit_operations_in_compatibility_mode() {
     assert_eq!((end.reg(gpr::RCX), end.reg(gpr::R8)), (0, u64::MAX));
 }
 
-#[test]
 fn lmsw_sets_pe_and_does_not_clear_it() {
     let mut g = Guest::mode(Mode::Real);
     prepare(&mut g);
@@ -190,7 +179,6 @@ fn lmsw_sets_pe_and_does_not_clear_it() {
     assert_eq!(g.log()[0] & 1, 1);
 }
 
-#[test]
 fn virtual_8086_mode_and_out_again() {
     let mut g = Guest::mode(Mode::Paged32);
     // The task may use all of the low memory; level 3 needs the user bit.
@@ -213,3 +201,18 @@ fn virtual_8086_mode_and_out_again() {
     assert_eq!(end.reg(gpr::RCX), 0xe00, "DS is in the frame");
     assert_eq!(end.state.ds.selector, 0, "data segments are null in the handler");
 }
+
+berth_tests_system::cases![
+    real_to_protected_to_long_and_all_the_way_back,
+    real_mode_keeps_limits_that_protected_mode_loaded,
+    code_between_setting_pe_and_the_jump_is_still_16_bit,
+    the_same_bytes_in_16_32_and_64_bit_code,
+    one_page_of_code_in_two_modes,
+    long_mode_needs_pae,
+    paging_cannot_be_switched_off_in_64_bit_code,
+    lme_cannot_change_while_paging_is_on,
+    lma_appears_with_paging,
+    upper_halves_are_gone_after_32_bit_operations_in_compatibility_mode,
+    lmsw_sets_pe_and_does_not_clear_it,
+    virtual_8086_mode_and_out_again,
+];

@@ -32,7 +32,6 @@ fn is_refused(raw: u64, build: impl FnOnce(&mut CodeAssembler)) -> bool {
     true
 }
 
-#[test]
 fn limits_count_the_last_byte() {
     let limited = descriptor(DATA, 0xff, DATA_ATTR);
     assert!(!is_refused(limited, |a| asm!(a; mov(al, byte_ptr(0xffu32).fs()))));
@@ -43,14 +42,12 @@ fn limits_count_the_last_byte() {
     assert!(is_refused(limited, |a| asm!(a; movups(xmm0, xmmword_ptr(0xf1u32).fs()))));
 }
 
-#[test]
 fn page_granular_limits() {
     let limited = descriptor(DATA, 0, DATA_ATTR | Segment::G);
     assert!(!is_refused(limited, |a| asm!(a; mov(al, byte_ptr(0xfffu32).fs()))));
     assert!(is_refused(limited, |a| asm!(a; mov(al, byte_ptr(0x1000u32).fs()))));
 }
 
-#[test]
 fn expand_down_segments_are_valid_above_their_limit() {
     let down = descriptor(DATA - 0x1000, 0xfff, DOWN_ATTR);
     assert!(is_refused(down, |a| asm!(a; mov(al, byte_ptr(0xfffu32).fs()))));
@@ -62,7 +59,6 @@ fn expand_down_segments_are_valid_above_their_limit() {
     assert!(is_refused(small, |a| asm!(a; mov(al, byte_ptr(0x1_0000u32).fs()))));
 }
 
-#[test]
 fn bases_are_added() {
     let mut g = with_fs(descriptor(DATA - 0x100, 0xffff, DATA_ATTR));
     g.set(DATA, 4, 0x1234);
@@ -70,7 +66,6 @@ fn bases_are_added() {
     assert_eq!(g.run(main).done().rax(), 0x1234);
 }
 
-#[test]
 fn linear_addresses_wrap_at_4_gib() {
     let mut g = with_fs(descriptor(0xffff_f000, 0xf_ffff, DATA_ATTR | Segment::G));
     g.set(DATA, 4, 0x77);
@@ -78,7 +73,6 @@ fn linear_addresses_wrap_at_4_gib() {
     assert_eq!(g.run(main).done().rax(), 0x77);
 }
 
-#[test]
 fn types_are_checked() {
     let read_only = descriptor(DATA, 0xff, 0x4091);
     assert!(!is_refused(read_only, |a| asm!(a; mov(eax, dword_ptr(0u32).fs()))));
@@ -89,7 +83,6 @@ fn types_are_checked() {
     assert!(is_refused(code, |a| asm!(a; mov(dword_ptr(0u32).fs(), eax))));
 }
 
-#[test]
 fn execute_only_code_cannot_be_loaded_into_a_data_segment() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(0, 0xff, 0x4099));
@@ -98,7 +91,6 @@ fn execute_only_code_cannot_be_loaded_into_a_data_segment() {
     g.run(main).fault(vector::GP, u32::from(selector::FREE));
 }
 
-#[test]
 fn a_null_selector_can_be_loaded_but_not_used() {
     let mut g = Guest::mode(Mode::Protected32);
     let (main, [used]) = g.code_with(|a| {
@@ -109,7 +101,6 @@ fn a_null_selector_can_be_loaded_but_not_used() {
     assert_eq!(g.run(main).fault(vector::GP, 0).rip, used);
 }
 
-#[test]
 fn stack_limits_raise_ss() {
     let raw = descriptor(0, STACK - 1, DATA_ATTR);
     let mut g = Guest::mode(Mode::Protected32);
@@ -121,7 +112,6 @@ fn stack_limits_raise_ss() {
     assert_eq!(g.run(main).fault(vector::SS, 0).rip, main);
 }
 
-#[test]
 fn the_accessed_bit_is_set_by_loading() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(0, 0xff, DATA_ATTR & !1));
@@ -131,7 +121,6 @@ fn the_accessed_bit_is_set_by_loading() {
     assert_eq!(g.get(GDT + u64::from(selector::FREE) + 5, 1) & 1, 1);
 }
 
-#[test]
 fn code_with_a_base() {
     let mut g = Guest::mode(Mode::Protected32);
     let raw = descriptor(ARENA, 0xfff, 0x409b);
@@ -147,7 +136,6 @@ fn code_with_a_base() {
     assert_eq!(g.log(), [2, g.get(ARENA + 4, 4) as u32, 9]);
 }
 
-#[test]
 fn a_jump_beyond_the_limit_of_code() {
     let mut g = Guest::mode(Mode::Protected32);
     let raw = descriptor(ARENA, 0xff, 0x409b);
@@ -159,7 +147,6 @@ fn a_jump_beyond_the_limit_of_code() {
     assert_eq!((frame.rip, frame.cs), (0, selector::FREE));
 }
 
-#[test]
 fn falling_over_the_limit_of_code() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(ARENA, 0xff, 0x409b));
@@ -168,7 +155,6 @@ fn falling_over_the_limit_of_code() {
     assert_eq!(g.run(main).fault(vector::GP, 0).rip, 0x100);
 }
 
-#[test]
 fn an_instruction_over_the_limit_of_code() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(ARENA, 0xff, 0x409b));
@@ -177,7 +163,6 @@ fn an_instruction_over_the_limit_of_code() {
     assert_eq!(g.run(main).fault(vector::GP, 0).rip, 0xfd);
 }
 
-#[test]
 fn real_mode_segments_are_16_times_the_selector() {
     let mut g = Guest::mode(Mode::Real);
     g.set(0x1_2350, 2, 0xbeef);
@@ -186,7 +171,6 @@ fn real_mode_segments_are_16_times_the_selector() {
     assert_eq!(g.log()[0] & 0xffff, 0xbeef);
 }
 
-#[test]
 fn real_mode_reaches_above_1_mib() {
     let mut g = Guest::mode(Mode::Real);
     g.set(0x10_0000, 2, 0xbeef);
@@ -195,7 +179,6 @@ fn real_mode_reaches_above_1_mib() {
     assert_eq!(g.log()[0] & 0xffff, 0xbeef);
 }
 
-#[test]
 fn a_word_at_offset_ffff_exceeds_64_kib() {
     let mut g = Guest::mode(Mode::Real);
     g.reg(gpr::RBX, 0xffff);
@@ -207,7 +190,6 @@ fn a_word_at_offset_ffff_exceeds_64_kib() {
     assert_eq!(g.run(main).vector(vector::SS).rip, main);
 }
 
-#[test]
 fn sixteen_bit_addresses_wrap() {
     let mut g = Guest::mode(Mode::Real);
     g.reg(gpr::RBX, 0xffff);
@@ -218,7 +200,6 @@ fn sixteen_bit_addresses_wrap() {
     assert_eq!(g.log()[0] & 0xffff, 0x1234);
 }
 
-#[test]
 fn sixteen_bit_jumps_wrap() {
     let mut g = Guest::mode(Mode::Real);
     // IP 0xFFFE: JMP SHORT +2 goes to 0x0002 in a segment at 64 KiB.
@@ -229,7 +210,6 @@ fn sixteen_bit_jumps_wrap() {
     assert_eq!(g.log(), [7]);
 }
 
-#[test]
 fn the_16_bit_stack_wraps() {
     let mut g = Guest::mode(Mode::Real);
     g.state.ss = Segment::real_mode(0x2000);
@@ -240,7 +220,6 @@ fn the_16_bit_stack_wraps() {
     assert_eq!((g.get(0x2_fffe, 2), end.reg(gpr::RSP)), (0x4321, 0xfffe));
 }
 
-#[test]
 fn only_sp_changes_with_a_16_bit_stack() {
     let raw = descriptor(0, 0xffff, 0x93);
     let mut g = Guest::mode(Mode::Protected32);
@@ -253,7 +232,6 @@ fn only_sp_changes_with_a_16_bit_stack() {
     assert_eq!((end.reg(gpr::RSP), g.get(STACK - 4, 4)), (0x1234_0000 | (STACK - 4), 5));
 }
 
-#[test]
 fn address_size_prefixes_wrap_at_their_size() {
     // 64-bit code with 32-bit addresses wraps at 4 GiB.
     let mut g = Guest::long();
@@ -270,7 +248,6 @@ fn address_size_prefixes_wrap_at_their_size() {
     assert_eq!(g.run(main).done().rax(), 0x99);
 }
 
-#[test]
 fn fs_and_gs_have_64_bit_bases() {
     let mut g = Guest::long();
     let address = 0xffff_8000_0000_0000u64;
@@ -284,7 +261,6 @@ fn fs_and_gs_have_64_bit_bases() {
     assert_eq!((end.rax(), end.reg(gpr::RDX)), (0x1122_3344_5566_7788, address));
 }
 
-#[test]
 fn limits_and_other_bases_do_not_count_in_64_bit_mode() {
     let mut g = Guest::long();
     g.descriptor(selector::FREE, descriptor(0x1000, 0, DATA_ATTR));
@@ -295,7 +271,6 @@ fn limits_and_other_bases_do_not_count_in_64_bit_mode() {
     assert_eq!(g.run(main).done().rax(), 42);
 }
 
-#[test]
 fn non_canonical_bases_are_refused() {
     let mut g = Guest::long();
     let main = g.code(|a| asm!(a; write_msr(msr::IA32_GS_BASE, 1 << 47)));
@@ -307,7 +282,6 @@ fn non_canonical_bases_are_refused() {
     g.run(main).fault(vector::GP, 0);
 }
 
-#[test]
 fn swapgs_exchanges_the_bases() {
     let mut g = Guest::long();
     g.state.gs.base = 0x1111;
@@ -317,7 +291,6 @@ fn swapgs_exchanges_the_bases() {
     assert_eq!((end.state.gs.base, end.rax()), (0xffff_8888_0000_0000, 0x1111));
 }
 
-#[test]
 fn lar_lsl_verr_verw() {
     let mut g = Guest::mode(Mode::Protected32);
     g.descriptor(selector::FREE, descriptor(0, 0x123, 0x4091));
@@ -330,3 +303,33 @@ fn lar_lsl_verr_verw() {
     g.run(main).done();
     assert_eq!(g.log(), [0x0040_9100, 0x123, 1, 0, 5, 0]);
 }
+
+berth_tests_system::cases![
+    limits_count_the_last_byte,
+    page_granular_limits,
+    expand_down_segments_are_valid_above_their_limit,
+    bases_are_added,
+    linear_addresses_wrap_at_4_gib,
+    types_are_checked,
+    execute_only_code_cannot_be_loaded_into_a_data_segment,
+    a_null_selector_can_be_loaded_but_not_used,
+    stack_limits_raise_ss,
+    the_accessed_bit_is_set_by_loading,
+    code_with_a_base,
+    a_jump_beyond_the_limit_of_code,
+    falling_over_the_limit_of_code,
+    an_instruction_over_the_limit_of_code,
+    real_mode_segments_are_16_times_the_selector,
+    real_mode_reaches_above_1_mib,
+    a_word_at_offset_ffff_exceeds_64_kib,
+    sixteen_bit_addresses_wrap,
+    sixteen_bit_jumps_wrap,
+    the_16_bit_stack_wraps,
+    only_sp_changes_with_a_16_bit_stack,
+    address_size_prefixes_wrap_at_their_size,
+    fs_and_gs_have_64_bit_bases,
+    limits_and_other_bases_do_not_count_in_64_bit_mode,
+    non_canonical_bases_are_refused,
+    swapgs_exchanges_the_bases,
+    lar_lsl_verr_verw,
+];

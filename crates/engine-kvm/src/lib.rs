@@ -1,0 +1,137 @@
+//! The kvm engine: the CPU's own virtualization, through the kernel's `/dev/kvm`.
+//!
+//! ```text
+//!   KvmEngine ── device: /dev/kvm, one VM ── memory slots: one a region of RAM
+//!       │           └── interrupts: PIC, IOAPIC, PIT of the kernel ◄── devices
+//!       └── vcpu: KVM_RUN ──exit──► Bus
+//!             ├── handle: stopping it from other threads
+//!             ├── cpuid: what KVM supports, cut down by the CPU model
+//!             └── state: the engine-neutral CPU state, from and to KVM
+//! ```
+//!
+//! Sections named `api.rst` are those of the kernel's Documentation/virt/kvm/api.rst. Interrupts, IPIs, timers,
+//! HLT and the paravirtual interface (clock, steal time, and the rest of it) are the kernel's; only port and
+//! memory-mapped I/O come out here. Nothing in this crate is called for an interrupt, and no lock is held while a
+//! vCPU is in the guest except the kernel's own.
+
+mod cpuid;
+pub mod device;
+mod failure;
+mod handle;
+mod interrupts;
+mod memory;
+mod state;
+mod vcpu;
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use berth_cpu::VcpuId;
+use berth_cpu::cpuid::CpuidModel;
+use berth_engine::{Engine, EngineError, InterruptControllers, InterruptSink, LocalApic, Vcpu};
+use berth_memory::{GuestMemory, GuestPhysAddr};
+use kvm_bindings::CpuId;
+use kvm_ioctls::VmFd;
+
+use crate::device::{Device, Refusal};
+use crate::interrupts::KernelChips;
+use crate::vcpu::KvmVcpu;
+
+/// The name of the engine in messages and for `--engine`.
+const NAME: &str = "kvm";
+/// Three pages that Intel's CPUs without unrestricted guest mode need for real mode, and one for its page table
+/// (api.rst 4.21 and 4.41): in the hole below 4 GiB, where no device and no RAM is.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What the engine needs to know besides the memory.
+#[derive(Clone, Debug)]
+pub struct KvmOptions {
+    /// Number of vCPUs that will be created, 1 to 64.
+    pub vcpus: u8,
+}
+
+impl Default for KvmOptions {
+    fn default() -> Self {
+        Self { vcpus: 1 }
+    }
+}
+
+/// The kvm engine of one VM.
+pub struct KvmEngine {
+    vm: Arc<VmFd>,
+    chips: Arc<KernelChips>,
+    supported: CpuId,
+    vcpus: u8,
+    /// Made with the first vCPU, which knows the TSC's frequency.
+    model: OnceLock<CpuidModel>,
+    run_size: usize,
+    memory: GuestMemory,
+}
+
+/// An error of an ioctl as the host's refusal of `what`.
+fn refused<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> EngineError {
+    move |error| EngineError::Host { what, source: error.into() }
+}
+
+fn unavailable(refusal: Refusal) -> EngineError {
+    EngineError::Unavailable { engine: NAME, reason: refusal.to_string() }
+}
+
+impl KvmEngine {
+    /// Makes the engine for a VM with this memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Unavailable`] when `/dev/kvm` cannot be used, and [`EngineError::Host`] when it refuses
+    /// something.
+    pub fn new(memory: GuestMemory, options: KvmOptions) -> Result<Self, EngineError> {
+        let device = Device::open(Path::new("/dev/kvm")).map_err(unavailable)?;
+        device.check().map_err(unavailable)?;
+        let most = device.kvm().get_max_vcpus();
+        if usize::from(options.vcpus) > most {
+            let reason = format!("its KVM allows {most} vCPUs a VM, not {}", options.vcpus);
+            return Err(EngineError::Unavailable { engine: NAME, reason });
+        }
+        let vm = Arc::new(device.create_vm().map_err(unavailable)?);
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(refused("an address for real mode"))?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(refused("an address for real mode"))?;
+        memory::map(&vm, &memory)?;
+        let chips = Arc::new(KernelChips::create(vm.clone())?);
+        let supported =
+            cpuid::supported(device.kvm()).map_err(refused("the CPU features that it supports"))?;
+        let run_size = device.kvm().get_vcpu_mmap_size().map_err(refused("the size of its vCPUs"))?;
+        Ok(Self { vm, chips, supported, vcpus: options.vcpus, model: OnceLock::new(), run_size, memory })
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn interrupt_controllers(&self) -> InterruptControllers {
+        InterruptControllers::Engine(self.chips.clone() as Arc<dyn InterruptSink>)
+    }
+
+    fn create_vcpu(
+        &self,
+        id: VcpuId,
+        apic: Option<Arc<dyn LocalApic>>,
+    ) -> Result<Box<dyn Vcpu>, EngineError> {
+        if apic.is_some() {
+            return Err(EngineError::BadState("the kvm engine has local APICs of its own".to_owned()));
+        }
+        let fd = self.vm.create_vcpu(id.0.into()).map_err(refused("a vCPU"))?;
+        let tsc_khz = fd.get_tsc_khz().map_err(refused("the frequency of the TSC"))?;
+        let model =
+            self.model.get_or_init(|| cpuid::model(&self.supported, self.vcpus, u64::from(tsc_khz) * 1000));
+        let entries = cpuid::entries(model, id)
+            .map_err(|e| refused("the CPU model")(io::Error::other(format!("{e:?}"))))?;
+        fd.set_cpuid2(&entries).map_err(refused("the CPU model"))?;
+        Ok(Box::new(KvmVcpu::new(id, fd, self.run_size, self.memory.clone())))
+    }
+
+    /// The CPU sees what is written.
+    fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
+}
