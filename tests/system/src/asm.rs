@@ -27,6 +27,8 @@ pub trait Kit {
     fn log_value(&mut self, value: u32) -> Result<(), IcedError>;
     /// Writes EDX:EAX as `value` to `msr`; EAX, ECX and EDX are lost.
     fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), IcedError>;
+    /// Ends the interrupt in service at an x2APIC (IA32_X2APIC_EOI); no register is lost.
+    fn eoi(&mut self) -> Result<(), IcedError>;
     /// An instruction as bytes.
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), IcedError>;
     /// `count` one-byte NOPs.
@@ -59,6 +61,20 @@ impl Kit for CodeAssembler {
         self.mov(eax, value as u32)?;
         self.mov(iced_x86::code_asm::edx, (value >> 32) as u32)?;
         self.wrmsr()
+    }
+
+    fn eoi(&mut self) -> Result<(), IcedError> {
+        use iced_x86::code_asm::{ecx, edx, rax, rcx, rdx};
+        self.push(rax)?;
+        self.push(rcx)?;
+        self.push(rdx)?;
+        self.mov(ecx, 0x80b)?;
+        self.xor(eax, eax)?;
+        self.xor(edx, edx)?;
+        self.wrmsr()?;
+        self.pop(rdx)?;
+        self.pop(rcx)?;
+        self.pop(rax)
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), IcedError> {

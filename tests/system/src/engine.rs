@@ -39,6 +39,11 @@ pub fn with_engine<R>(engine: EngineKind, case: impl FnOnce() -> R) -> R {
     result
 }
 
+/// What guests that this thread makes run on.
+pub fn current() -> EngineKind {
+    CURRENT.get()
+}
+
 /// Makes the engine for one guest. No case names one, except those that move a guest between engines.
 pub fn create(memory: &GuestMemory, vcpus: u8, code_cache_bytes: u64) -> Arc<dyn Engine> {
     match CURRENT.get() {
@@ -54,11 +59,16 @@ pub fn create(memory: &GuestMemory, vcpus: u8, code_cache_bytes: u64) -> Arc<dyn
     }
 }
 
+/// Whether guests that this thread makes run on a KVM that emulates their kernels.
+pub fn is_emulated() -> bool {
+    CURRENT.get() == EngineKind::Kvm && !crate::limits::kvm_is_hardware()
+}
+
 /// How often something long is to be done: `count`, or less where the guest's instructions are emulated one by one.
 pub fn rounds(count: u32) -> u32 {
     /// How much slower a page-table-based KVM is than the soft engine, at least.
     const SLOWER: u32 = 100;
-    if CURRENT.get() == EngineKind::Kvm && !crate::limits::kvm_is_hardware() { count / SLOWER } else { count }
+    if is_emulated() { count / SLOWER } else { count }
 }
 
 /// Whether this host, and with it every guest, follows AMD's rules where the vendors differ.

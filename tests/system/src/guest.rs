@@ -445,6 +445,12 @@ impl Guest {
         self.slots[0].vcpu.state()
     }
 
+    /// Gives vCPU 0 a state at once, not only when it runs.
+    #[track_caller]
+    pub fn give(&mut self, state: &CpuState) {
+        self.slots[0].vcpu.set_state(state).expect("a possible state");
+    }
+
     /// Makes vCPU 0 stop from another thread: the returned function asks for it.
     pub fn stopper(&self) -> impl Fn() + Send + Sync + 'static {
         let handle = self.slots[0].vcpu.handle();

@@ -1,9 +1,11 @@
 //! The harness: every case is a test on each engine, `ENGINE::FILE::CASE`.
 
+use std::collections::BTreeSet;
+
 use libtest_mimic::{Arguments, Trial};
 
 use crate::engine::{EngineKind, with_engine};
-use crate::limits::KvmHost;
+use crate::limits::{self, KvmHost};
 
 /// A case: its name, and what it does.
 pub type Case = (&'static str, fn());
@@ -29,6 +31,11 @@ macro_rules! cases {
 pub fn run(groups: &'static [Group]) -> ! {
     let arguments = Arguments::from_args();
     let host = KvmHost::look();
+    let places: BTreeSet<String> =
+        groups.iter().flat_map(|g| g.cases.iter().map(|(name, _)| format!("{}::{name}", g.name))).collect();
+    for place in limits::PAGE_TABLES.iter().flat_map(|(_, cases)| *cases) {
+        assert!(places.contains(*place), "the table of limits names {place}, which is no case");
+    }
     let mut trials = Vec::new();
     for group in groups {
         for &(name, case) in group.cases {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use berth_engine::ApicEvent;
 use berth_tests_system::asm::post_interrupt;
+use berth_tests_system::engine::rounds;
 use berth_tests_system::prelude::*;
 
 /// A vector without a handler of the case's own: it ends the run.
@@ -178,7 +179,7 @@ fn cr8_holds_interrupts_back() {
 fn the_highest_vector_comes_first() {
     let mut g = Guest::long();
     for vector in [0x21, 0x2f, 0x28] {
-        let handler = g.code(|a| asm!(a; log_value(u32::from(vector)); iretq()));
+        let handler = g.code(|a| asm!(a; log_value(u32::from(vector)); eoi(); iretq()));
         g.handler(vector, handler);
     }
     let main = g.code(|a| {
@@ -241,6 +242,20 @@ fn interrupts_endless(mut g: Guest, body: impl FnOnce(&mut CodeAssembler)) -> Du
     let noticed = Instant::now();
     end.vector(VECTOR);
     noticed.duration_since(poster.join().unwrap())
+}
+
+fn an_interrupt_that_waits_for_if_comes_once_it_is_set() {
+    let end = {
+        let mut g = Guest::long();
+        let main = g.code(|a| {
+            post(a);
+            asm!(a; log_value(1); sti(); bytes(&[0xeb, 0xfe]));
+        });
+        let end = g.run(main);
+        assert_eq!(g.log(), [1]);
+        end
+    };
+    assert_ne!(end.vector(VECTOR).flags & rflags::IF, 0);
 }
 
 /// Far more than it ever takes, and far less than the time limit: a loaded host may not run us for a while.
@@ -315,11 +330,11 @@ fn an_interrupted_string_goes_on_where_it_was() {
     for n in 0..0x2_0000 / 8 {
         g.set(ARENA + n * 8, 8, n ^ 0x5555);
     }
-    let handler = g.code(|a| asm!(a; inc(ebp); iretq()));
+    let handler = g.code(|a| asm!(a; inc(ebp); eoi(); iretq()));
     g.handler(VECTOR, handler);
     let main = g.code(|a| {
         let mut again = a.create_label();
-        asm!(a; mov(r12d, 200); set_label(&mut again));
+        asm!(a; mov(r12d, rounds(200)); set_label(&mut again));
         asm!(a; mov(esi, ARENA as u32); mov(edi, ARENA as u32 + 0x10_0000); mov(ecx, 0x2_0000); rep().movsb());
         asm!(a; mov(esi, ARENA as u32); mov(edi, ARENA as u32 + 0x10_0000); mov(ecx, 0x2_0000); repe().cmpsb());
         asm!(a; jne(again); dec(r12d); jnz(again); cli(); done());
@@ -345,12 +360,12 @@ fn registers_and_flags_survive_a_storm_of_interrupts() {
     g.state.rflags |= rflags::IF;
     // The handler destroys flags and vector registers and gives them back.
     let handler = g.code(|a| {
-        asm!(a; push(rax); xor(eax, eax); cmp(eax, 1); inc(qword_ptr(DATA)); pop(rax); iretq());
+        asm!(a; push(rax); xor(eax, eax); cmp(eax, 1); inc(qword_ptr(DATA)); pop(rax); eoi(); iretq());
     });
     g.handler(VECTOR, handler);
     let main = g.code(|a| {
         let mut again = a.create_label();
-        asm!(a; xor(eax, eax); mov(ebx, 1); mov(ecx, 20_000_000); set_label(&mut again));
+        asm!(a; xor(eax, eax); mov(ebx, 1); mov(ecx, rounds(20_000_000)); set_label(&mut again));
         asm!(a; add(rax, rbx); adc(rbx, 0); rol(rax, 7); setc(dl); adc(rax, rcx); loop_(again); cli(); done());
     });
     let run = |g: &mut Guest| {
@@ -407,6 +422,7 @@ berth_tests_system::cases![
     an_nmi_ignores_if,
     nmis_wait_until_iret,
     nmi_is_blocked_in_its_handler,
+    an_interrupt_that_waits_for_if_comes_once_it_is_set,
     a_jump_to_itself_is_interrupted,
     an_indirect_jump_to_itself_is_interrupted,
     a_loop_instruction_is_interrupted,

@@ -1,5 +1,6 @@
 //! Several vCPUs: start-up, IPIs, atomic operations, memory ordering (SDM volume 3, chapters 8 and 9.4).
 
+use berth_tests_system::engine::rounds;
 use berth_tests_system::prelude::*;
 
 /// IA32_X2APIC_ICR.
@@ -69,7 +70,7 @@ fn a_second_startup_ipi_is_ignored() {
         let startup = 0x4600 | (TRAMPOLINE as u32 >> 12);
         asm!(a; mov(ecx, ICR); mov(edx, 1); mov(eax, 0x4500); wrmsr(); mov(eax, startup); wrmsr());
         asm!(a; set_label(&mut wait); pause(); cmp(word_ptr(DATA), 0); je(wait); wrmsr());
-        asm!(a; mov(ebp, 2_000_000); set_label(&mut later); dec(ebp); jnz(later); done());
+        asm!(a; mov(ebp, rounds(2_000_000)); set_label(&mut later); dec(ebp); jnz(later); done());
     });
     g.run(main).done();
     assert_eq!(g.get(DATA, 2), 1);
@@ -85,8 +86,8 @@ fn init_stops_a_running_vcpu() {
     let main = g.code(|a| {
         let (mut wait, mut later, mut settle) = (a.create_label(), a.create_label(), a.create_label());
         asm!(a; set_label(&mut wait); pause(); cmp(dword_ptr(DATA), 0); je(wait));
-        asm!(a; mov(ecx, ICR); mov(edx, 1); mov(eax, 0x4500); wrmsr(); mov(ebp, 20_000_000));
-        asm!(a; set_label(&mut settle); dec(ebp); jnz(settle); mov(ebx, dword_ptr(DATA)); mov(ebp, 1_000_000));
+        asm!(a; mov(ecx, ICR); mov(edx, 1); mov(eax, 0x4500); wrmsr(); mov(ebp, rounds(20_000_000)));
+        asm!(a; set_label(&mut settle); dec(ebp); jnz(settle); mov(ebx, dword_ptr(DATA)); mov(ebp, rounds(1_000_000)));
         asm!(a; set_label(&mut later); dec(ebp); jnz(later); sub(ebx, dword_ptr(DATA)); done());
     });
     let ends = g.run_smp(main);
@@ -97,7 +98,7 @@ fn init_stops_a_running_vcpu() {
 
 fn an_ipi_wakes_a_halted_vcpu() {
     let mut g = Guest::smp(2);
-    let handler = g.code(|a| asm!(a; inc(dword_ptr(DATA)); iretq()));
+    let handler = g.code(|a| asm!(a; inc(dword_ptr(DATA)); eoi(); iretq()));
     g.handler(0x35, handler);
     let other = g.code(|a| {
         let mut again = a.create_label();
@@ -223,11 +224,14 @@ fn store_buffering(a: &mut CodeAssembler, between: impl Fn(&mut CodeAssembler)) 
 }
 
 fn store_buffering_is_forbidden_with_mfence() {
-    assert_eq!(litmus(20_000, |a| store_buffering(a, |a| asm!(a; mfence()))), 0);
+    assert_eq!(litmus(rounds(20_000), |a| store_buffering(a, |a| asm!(a; mfence()))), 0);
 }
 
 fn store_buffering_is_forbidden_with_a_locked_instruction() {
-    assert_eq!(litmus(20_000, |a| store_buffering(a, |a| asm!(a; lock().add(dword_ptr(rsp - 64), 0)))), 0);
+    assert_eq!(
+        litmus(rounds(20_000), |a| store_buffering(a, |a| asm!(a; lock().add(dword_ptr(rsp - 64), 0)))),
+        0
+    );
 }
 
 fn messages_pass_in_order() {
@@ -236,13 +240,13 @@ fn messages_pass_in_order() {
     let other = g.code(|a| {
         let (mut again, mut bad) = (a.create_label(), a.create_label());
         asm!(a; set_label(&mut again); mov(ecx, dword_ptr(DATA + 64)); mov(eax, dword_ptr(DATA)));
-        asm!(a; cmp(eax, ecx); jb(bad); cmp(ecx, 2_000_000); jb(again); done(); set_label(&mut bad); ud2());
+        asm!(a; cmp(eax, ecx); jb(bad); cmp(ecx, rounds(2_000_000)); jb(again); done(); set_label(&mut bad); ud2());
     });
     g.start(1, other, Guest::stack_of(1));
     let main = g.code(|a| {
         let (mut again, mut wait) = (a.create_label(), a.create_label());
         asm!(a; xor(ebp, ebp); set_label(&mut again); inc(ebp); mov(dword_ptr(DATA), ebp); mov(dword_ptr(DATA + 64), ebp));
-        asm!(a; cmp(ebp, 2_000_000); jne(again); mov(ecx, 10_000_000); set_label(&mut wait); dec(ecx); jnz(wait); done());
+        asm!(a; cmp(ebp, rounds(2_000_000)); jne(again); mov(ecx, rounds(10_000_000)); set_label(&mut wait); dec(ecx); jnz(wait); done());
     });
     assert_ne!(g.run_smp(main)[1].why, Why::Vector(vector::UD), "data older than its number was seen");
 }
@@ -258,7 +262,7 @@ fn a_shootdown_by_ipi_is_seen() {
     }
     let entry = g.tables.entry(PAGE, 12);
     g.map(ARENA, entry & !0xfff, flag::KERNEL);
-    let handler = g.code(|a| asm!(a; push(rbx); mov(ebx, PAGE as u32); invlpg(byte_ptr(rbx)); pop(rbx); inc(dword_ptr(DATA)); iretq()));
+    let handler = g.code(|a| asm!(a; push(rbx); mov(ebx, PAGE as u32); invlpg(byte_ptr(rbx)); pop(rbx); inc(dword_ptr(DATA)); eoi(); iretq()));
     g.handler(0x35, handler);
     let other = g.code(|a| {
         let (mut again, mut bad) = (a.create_label(), a.create_label());
