@@ -77,7 +77,7 @@ impl Files {
 }
 
 /// Where this program's cargo puts what it builds: it is in `TARGET/PROFILE/` itself.
-fn target_directory() -> Result<PathBuf, String> {
+pub fn target_directory() -> Result<PathBuf, String> {
     let this = std::env::current_exe().map_err(|e| format!("this program has no path: {e}"))?;
     this.ancestors()
         .nth(2)

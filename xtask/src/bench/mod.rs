@@ -12,10 +12,11 @@ mod guest;
 mod measure;
 mod process;
 mod report;
+mod start;
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use guest::Files;
 use measure::{IDLE_WORK, Plan, Side};
@@ -23,7 +24,10 @@ use report::Report;
 
 /// Arguments of `bench`.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArguments {
+    #[command(subcommand)]
+    only: Option<Only>,
     /// One round, and less CoreMark
     #[arg(long)]
     quick: bool,
@@ -44,11 +48,21 @@ pub struct BenchArguments {
     qemu: PathBuf,
 }
 
+/// Something that is measured on its own.
+#[derive(Subcommand)]
+enum Only {
+    /// How long a VM takes to its first instruction, and its memory then
+    Start(start::StartArguments),
+}
+
 /// `bench`: prints what it measured.
 ///
 /// # Errors
 /// A text when something could not be built, or a guest failed.
 pub fn run(arguments: &BenchArguments) -> Result<(), String> {
+    if let Some(Only::Start(arguments)) = &arguments.only {
+        return start::run(arguments);
+    }
     let files = Files::make(arguments.berth.clone())?;
     let plan = Plan { coremark_iterations: if arguments.quick { 5_000 } else { 30_000 } };
     let mut sides = vec![Side::Native];
