@@ -149,6 +149,13 @@ pub const PAGE_TABLES: Table = &[
         ],
     ),
     (
+        "emulated read-modify-writes that cross pages are not atomic",
+        &[
+            "multiprocessor::locked_increments_across_pages",
+            "multiprocessor::locked_increments_across_pages_and_inside_one",
+        ],
+    ),
+    (
         "bad values of control registers and IA32_PAT are taken",
         &["exceptions::gp_by_bad_control_register_values", "privilege::msrs_check_their_values"],
     ),

@@ -48,7 +48,12 @@ pub fn run(groups: &'static [Group]) -> ! {
             };
             trials.push(trial(EngineKind::Soft));
             let skipped = host.skips(&place);
-            if let Some(reason) = skipped.filter(|_| !arguments.list) {
+            let asked = match &arguments.filter {
+                Some(filter) if arguments.exact => format!("kvm::{place}") == *filter,
+                Some(filter) => format!("kvm::{place}").contains(filter.as_str()),
+                None => true,
+            };
+            if let Some(reason) = skipped.filter(|_| asked && !arguments.list) {
                 eprintln!("skipped: kvm::{place}: {reason}");
             }
             trials.push(trial(EngineKind::Kvm).with_ignored_flag(skipped.is_some()));
