@@ -38,7 +38,7 @@ mod transport;
 pub mod vsock;
 
 pub use chain::{Buffer, Buffers, Chain};
-pub use device::{DeviceKind, DeviceState, Session, StateError, VirtioDevice};
+pub use device::{ConfigSignal, DeviceKind, DeviceState, Session, StateError, VirtioDevice};
 pub use dma::Dma;
 pub use pci::{PciWiring, VirtioPci, VirtioPciError, VirtioPciState};
 pub use queue::Virtqueue;
