@@ -13,7 +13,7 @@ pub fn command() -> Command {
 /// A text that names the step when it could not be started or did not succeed.
 pub fn run(step: &str, command: &mut Command) -> Result<(), String> {
     let arguments: Vec<_> = command.get_args().map(|a| a.to_string_lossy()).collect();
-    println!("== {step}: cargo {}", arguments.join(" "));
+    eprintln!("== {step}: cargo {}", arguments.join(" "));
     let status = command.status().map_err(|e| format!("{step}: cargo could not be started: {e}"))?;
     if status.success() { Ok(()) } else { Err(format!("{step} failed ({status})")) }
 }

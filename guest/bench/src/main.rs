@@ -1,78 +1,215 @@
 //! What `cargo xtask bench` runs in guests and on the host: short pieces of work, one after the other.
 //!
-//! It prints `bench begin NAME` before each and `bench end NAME SECONDS` after it, with the CPU time of the work.
-//! That time is for the host only: a guest's own clock cannot be trusted to run at the right speed under every
-//! emulator, so whoever reads a guest's lines takes the time.
+//! ```text
+//!   bench begin NAME
+//!     (a child process does the work and checks its result)
+//!   bench end NAME SECONDS | bench skipped NAME: REASON | bench failed NAME: REASON
+//! ```
 //!
-//! Arguments: the path of busybox, then the names of the work to do, `coremark` with its iterations
-//! (`coremark=10000`). `ready` does nothing: its lines tell that a user program runs.
+//! `SECONDS` is the CPU time of the work, for the host only: a guest's own clock cannot be trusted to run at the
+//! right speed under every emulator, so whoever reads a guest's lines takes the time. Each piece of work has a
+//! process of its own. So one that crashes does not end the others, and each begins with a fresh heap.
+//!
+//! Arguments: the path of busybox, then the work to do as `NAME=COUNT`; [`WORK`] says what the counts are.
+//! `ready` does nothing: its lines tell that a user program runs. `--one-cpu` before them keeps everything on one
+//! CPU, as a guest with one vCPU is. `--list` prints the names.
 
-use std::io::{Read, Write};
-use std::process::{Command, ExitCode, Stdio};
+mod calls;
+mod compute;
+mod crypto;
+mod float;
+mod generated;
+mod memory;
+mod processes;
+mod system;
+mod text;
+mod threads;
 
-/// CoreMark's checksums of list, matrix and state work in its 2K performance run (EEMBC's core_main.c). They do
-/// not depend on the number of iterations.
-const COREMARK_CRCS: (u16, u16, u16) = (0xe714, 0x1fd7, 0x8e3a);
-/// Round trips of one byte between two processes.
-const PING_PONGS: u32 = 20_000;
-/// How often a mapping of [`MAPPING_PAGES`] pages is made, written and removed.
-const MAPPINGS: u32 = 4_000;
-const MAPPING_PAGES: usize = 16;
-const PAGE: usize = 4096;
+use std::fmt;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// Why a piece of work has no time.
+enum Stop {
+    /// This machine cannot do it, and need not.
+    Skipped(String),
+    /// It did not work, or its result is wrong.
+    Failed(String),
+}
+
+impl From<std::io::Error> for Stop {
+    fn from(error: std::io::Error) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+type Outcome = Result<(), Stop>;
+
+/// What a piece of work is told.
+struct Task<'a> {
+    /// How often it is done.
+    count: u32,
+    /// Path of a busybox.
+    busybox: &'a str,
+}
+
+/// Name, what one of its count is, and who does it.
+type Work = (&'static str, &'static str, fn(&Task) -> Outcome);
+
+const WORK: &[Work] = &[
+    ("ready", "nothing", |_| Ok(())),
+    ("coremark", "iteration of CoreMark", compute::coremark),
+    ("sieve", "sieve of the primes below 1 000 000", compute::sieve),
+    ("sort", "sort of 100 000 numbers", compute::sort),
+    ("hash-table", "table of 100 000 entries: fill, look up, empty", compute::hash_table),
+    ("pointer-chase", "walk through a ring of 262 144 nodes in 16 MiB", compute::pointer_chase),
+    ("n-body", "1 000 steps of five bodies", float::n_body),
+    ("matrix-scalar", "product of 128 x 128 matrices, number by number", float::matrix_scalar),
+    ("matrix-avx2", "product of 128 x 128 matrices with AVX2 and FMA", float::matrix_avx2),
+    ("x87", "series of 100 000 terms in the x87 unit", float::x87),
+    ("memcpy", "copies of 1 MiB in pieces of 16 bytes to 64 KiB", memory::copy),
+    ("strings", "search and comparison of 1 MiB by strlen, memchr, strcmp, strstr", memory::strings),
+    ("sha256-plain", "SHA-256 of 1 000 000 bytes without instructions for it", crypto::sha256_plain),
+    ("sha256-ni", "SHA-256 of 1 000 000 bytes with SHA extensions", crypto::sha256_instructions),
+    ("aes-plain", "AES-128 of 256 KiB to and fro without instructions for it", crypto::aes_plain),
+    ("aes-ni", "AES-128 of 256 KiB to and fro with AES instructions", crypto::aes_instructions),
+    ("interpreter", "100 000 Collatz steps by interpreted bytecode", calls::interpreter),
+    ("recursion", "Fibonacci number 25 by recursive calls", calls::recursion),
+    ("virtual-calls", "1 000 000 virtual calls", calls::virtual_calls),
+    ("printf", "1 000 numbers printed by snprintf and read by strtod", text::printf),
+    ("awk", "1 000 floating-point loops of busybox awk", text::awk),
+    ("syscalls", "1 000 system calls (getppid)", system::calls),
+    ("dd", "1 000 blocks of one byte copied by busybox dd", processes::dd),
+    ("signals", "1 000 signals to this process", system::signals),
+    ("page-faults", "first writes to 1 024 pages", system::page_faults),
+    ("write-faults", "1 000 writes to protected pages, with SIGSEGV handled", system::write_faults),
+    ("mmap", "1 000 times mmap, touch, munmap of 64 KiB", system::map_and_unmap),
+    ("ping-pong", "1 000 round trips of a byte between two processes", processes::ping_pong),
+    ("switches", "1 000 switches among 16 processes", processes::switches),
+    ("fork-exec", "100 times fork and exec of busybox by its shell", processes::fork_exec),
+    (
+        "jit-generate",
+        "1 000 functions of 40 operations generated, each called ten times",
+        generated::generate,
+    ),
+    ("jit-rewrite", "1 000 changes of a function's constant, each with ten calls", generated::rewrite),
+    (
+        "mmap-threads",
+        "1 000 times mmap, touch, munmap of 64 KiB in each of two threads",
+        threads::map_and_unmap,
+    ),
+    ("mutex", "100 000 locks of a mutex in each of two threads", threads::mutex),
+    ("atomics", "100 000 atomic additions and exchanges in each of two threads", threads::atomics),
+    ("futex", "1 000 times waking another thread and waiting for it", threads::futex),
+    ("compute-1", "sieve of the primes below 1 000 000 in one thread", threads::compute_one),
+    ("compute-2", "sieve of the primes below 1 000 000 in each of two threads", threads::compute_two),
+];
+
+const USAGE: &str = "usage: berth-guest-bench [--one-cpu] BUSYBOX NAME=COUNT... | --list";
+/// Exit status of a child that could not do its work and has said so.
+const SAID_ALREADY: i32 = 77;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().collect();
-    let Some((busybox, names)) = arguments.get(1..).and_then(<[_]>::split_first) else {
-        eprintln!("usage: berth-guest-bench BUSYBOX NAME[=COUNT]...");
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments = &arguments[..];
+    match arguments.first().map(String::as_str) {
+        Some("--list") => {
+            for (name, what, _) in WORK {
+                println!("{name:16} {what}");
+            }
+            return ExitCode::SUCCESS;
+        }
+        Some("--one-cpu") => {
+            if let Err(e) = stay_on_one_cpu() {
+                eprintln!("berth-guest-bench: this process cannot be kept on one CPU: {e}");
+                return ExitCode::FAILURE;
+            }
+            arguments = &arguments[1..];
+        }
+        _ => {}
+    }
+    let Some((busybox, wanted)) = arguments.split_first() else {
+        eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    for argument in names {
-        let (name, count) = match argument.split_once('=') {
-            Some((name, count)) => (name, count.parse().unwrap_or(0)),
-            None => (argument.as_str(), 1),
+    for argument in wanted {
+        let work = argument.split_once('=').and_then(|(name, count)| {
+            Some((WORK.iter().find(|(known, ..)| *known == name)?, count.parse().ok().filter(|n| *n > 0)?))
+        });
+        let Some((work, count)) = work else {
+            eprintln!(
+                "berth-guest-bench: {argument:?} is no work with a count; --list prints all work\n{USAGE}"
+            );
+            return ExitCode::from(2);
         };
-        let before = cpu_time();
-        say("begin", name);
-        if let Err(reason) = run(name, count, busybox) {
-            say("failed", &format!("{name}: {reason}"));
-            return ExitCode::FAILURE;
-        }
-        say("end", &format!("{name} {:.6}", cpu_time() - before));
+        measure(work, &Task { count, busybox });
     }
     ExitCode::SUCCESS
 }
 
-fn run(name: &str, count: u32, busybox: &str) -> Result<(), String> {
-    match name {
-        "ready" => Ok(()),
-        "coremark" => coremark(count),
-        "syscalls" => {
-            program(busybox, &["dd", "if=/dev/zero", "of=/dev/null", "bs=1", "count=300000"]).map(|_| ())
+/// Does a piece of work in a child and prints how it went.
+fn measure((name, _, work): &Work, task: &Task) {
+    say("begin", name);
+    let before = children_cpu_time();
+    match start_child(|| done(name, work(task))).and_then(wait_for) {
+        Ok(0) => say("end", format_args!("{name} {:.6}", children_cpu_time() - before)),
+        Ok(status) if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == SAID_ALREADY => {}
+        Ok(status) if libc::WIFSIGNALED(status) => {
+            say("failed", format_args!("{name}: killed by signal {}", libc::WTERMSIG(status)));
         }
-        "fork-exec" => {
-            let script = format!("i=0; while [ $i -lt 300 ]; do {busybox} true || exit 1; i=$((i+1)); done");
-            program(busybox, &["sh", "-c", &script]).map(|_| ())
+        Ok(status) => say("failed", format_args!("{name}: exit status {}", libc::WEXITSTATUS(status))),
+        Err(e) => say("failed", format_args!("{name}: no process for it: {e}")),
+    }
+}
+
+/// In the child: says what went wrong and gives its exit status.
+fn done(name: &str, outcome: Outcome) -> i32 {
+    match outcome {
+        Ok(()) => return 0,
+        Err(Stop::Skipped(reason)) => say("skipped", format_args!("{name}: {reason}")),
+        Err(Stop::Failed(reason)) => say("failed", format_args!("{name}: {reason}")),
+    }
+    SAID_ALREADY
+}
+
+/// Starts a child process that does `work` and ends with what that returns.
+fn start_child(work: impl FnOnce() -> i32) -> std::io::Result<libc::pid_t> {
+    // SAFETY: callers have no second thread, so the child may go on as it likes.
+    match unsafe { libc::fork() } {
+        -1 => Err(std::io::Error::last_os_error()),
+        0 => {
+            let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(101);
+            // SAFETY: ends this process at once, without what the parent does at its end.
+            unsafe { libc::_exit(status) }
         }
-        "sha256" => {
-            let script = format!("{busybox} dd if=/dev/zero bs=1M count=20 | {busybox} sha256sum");
-            // `head -c 20971520 /dev/zero | sha256sum`
-            expect(
-                &program(busybox, &["sh", "-c", &script])?,
-                "cd52d81e25f372e6fa4db2c0dfceb59862c1969cab17096da352b34950c973cc",
-            )
+        child => Ok(child),
+    }
+}
+
+/// Waits for the end of a child: its wait status.
+fn wait_for(child: libc::pid_t) -> std::io::Result<i32> {
+    let mut status = 0;
+    // SAFETY: `status` outlives the call.
+    while unsafe { libc::waitpid(child, &mut status, 0) } != child {
+        let error = std::io::Error::last_os_error();
+        if error.kind() != std::io::ErrorKind::Interrupted {
+            return Err(error);
         }
-        "awk" => {
-            let script = "BEGIN { for (i = 0; i < 1000000; i++) x += i * 0.5; printf \"%.0f\", x }";
-            expect(&program(busybox, &["awk", script])?, "249999750000")
-        }
-        "ping-pong" => ping_pong().map_err(|e| e.to_string()),
-        "mmap" => map_and_unmap(),
-        _ => Err("there is no such work".to_owned()),
+    }
+    Ok(status)
+}
+
+/// An error unless the result of a piece of work is right.
+fn expect<T: PartialEq + fmt::Debug>(what: &str, found: T, right: T) -> Outcome {
+    if found == right {
+        Ok(())
+    } else {
+        Err(Stop::Failed(format!("{what} is {found:?} and should be {right:?}")))
     }
 }
 
 /// Prints a line, and waits until it has left the console.
-fn say(what: &str, text: &str) {
+fn say(what: &str, text: impl fmt::Display) {
     let mut out = std::io::stdout();
     // There is nobody to complain to.
     let _ = writeln!(out, "bench {what} {text}").and_then(|()| out.flush());
@@ -80,100 +217,29 @@ fn say(what: &str, text: &str) {
     unsafe { libc::tcdrain(1) };
 }
 
-/// CPU time of this process and of its children that have ended, in seconds.
-fn cpu_time() -> f64 {
-    let of = |who| {
-        // SAFETY: all zeroes is a valid value of this structure of integers.
-        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-        // SAFETY: it fills the structure that the pointer is for, and cannot fail for these two.
-        unsafe { libc::getrusage(who, &mut usage) };
-        let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
-        seconds(usage.ru_utime) + seconds(usage.ru_stime)
-    };
-    of(libc::RUSAGE_SELF) + of(libc::RUSAGE_CHILDREN)
+/// CPU time of this process's children that have ended, and of theirs, in seconds.
+fn children_cpu_time() -> f64 {
+    // SAFETY: all zeroes is a valid value of this structure of integers.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: it fills the structure that the pointer is for, and cannot fail with this argument.
+    unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &mut usage) };
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-fn coremark(iterations: u32) -> Result<(), String> {
-    if iterations == 0 {
-        return Err("how many iterations?".to_owned());
-    }
-    let results = coremark::run(&coremark::Config { iterations, ..coremark::Config::default() });
-    if (results.crclist, results.crcmatrix, results.crcstate) == COREMARK_CRCS {
+/// Keeps this process and its children on the CPU where it is.
+fn stay_on_one_cpu() -> std::io::Result<()> {
+    // SAFETY: a call without arguments.
+    let cpu = unsafe { libc::sched_getcpu() };
+    let cpu = usize::try_from(cpu).map_err(|_| std::io::Error::last_os_error())?;
+    // SAFETY: all zeroes is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: it changes the set only, and checks that it has such a CPU.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the set outlives the call and is as large as told.
+    if unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) } == 0 {
         Ok(())
     } else {
-        Err("its checksums are wrong".to_owned())
+        Err(std::io::Error::last_os_error())
     }
-}
-
-/// Runs a program and returns what it printed.
-fn program(path: &str, arguments: &[&str]) -> Result<String, String> {
-    let output = Command::new(path)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .map_err(|e| format!("{path}: {e}"))?;
-    if !output.status.success() {
-        return Err(format!("{path} {}: {}", arguments.join(" "), output.status));
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn expect(text: &str, begin: &str) -> Result<(), String> {
-    if text.starts_with(begin) { Ok(()) } else { Err(format!("its result is {text:?}")) }
-}
-
-/// Sends one byte to and fro between this process and a child.
-fn ping_pong() -> std::io::Result<()> {
-    let (mut my_read, mut child_write) = std::io::pipe()?;
-    let (mut child_read, mut my_write) = std::io::pipe()?;
-    // SAFETY: there is one thread, so the child may go on as it likes; it leaves by _exit.
-    let child = unsafe { libc::fork() };
-    match child {
-        -1 => Err(std::io::Error::last_os_error()),
-        0 => {
-            let mut byte = [0];
-            let mut echo = || child_read.read_exact(&mut byte).and_then(|()| child_write.write_all(&byte));
-            let all = (0..PING_PONGS).try_for_each(|_| echo());
-            // SAFETY: ends this process at once, without what the parent would do at its end.
-            unsafe { libc::_exit(i32::from(all.is_err())) }
-        }
-        child => {
-            let mut byte = [7];
-            for _ in 0..PING_PONGS {
-                my_write.write_all(&byte)?;
-                my_read.read_exact(&mut byte)?;
-            }
-            // SAFETY: waits for the child of above; no status is wanted.
-            unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
-            Ok(())
-        }
-    }
-}
-
-fn map_and_unmap() -> Result<(), String> {
-    let len = MAPPING_PAGES * PAGE;
-    for i in 0..MAPPINGS {
-        // SAFETY: a new private mapping anywhere.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().to_string());
-        }
-        for page in 0..MAPPING_PAGES {
-            // SAFETY: inside the mapping, which is writable.
-            unsafe { start.cast::<u8>().add(page * PAGE).write_volatile(i as u8) };
-        }
-        // SAFETY: the mapping of above, which nobody uses any more.
-        unsafe { libc::munmap(start, len) };
-    }
-    Ok(())
 }

@@ -1,4 +1,4 @@
-//! The files that are measured: Berth, the programs for the guest, and its initramfs.
+//! The files that are measured with: Berth, the program for the guest, and its initramfs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,6 @@ const MAX_INITRAMFS: u64 = 256 << 20;
 
 /// Where everything is.
 pub struct Files {
-    /// Berth.
-    pub berth: PathBuf,
-    /// Which Berth that is, for people.
-    pub berth_revision: String,
     /// The program that works, as it is in the guest.
     pub program: PathBuf,
     /// The guest's busybox.
@@ -37,20 +33,12 @@ pub struct Files {
 }
 
 impl Files {
-    /// Builds what is missing; `berth` is used as it is.
+    /// Builds what is missing.
     ///
     /// # Errors
     /// A text that names what could not be made.
-    pub fn make(berth: Option<PathBuf>) -> Result<Self, String> {
-        let target = target_directory()?;
-        let (berth, berth_revision) = match berth {
-            Some(path) => (path.clone(), path.display().to_string()),
-            None => {
-                cargo::run("Berth", cargo::command().args(["build", "--release", "--package", "berth"]))?;
-                (target.join("release/berth"), revision().unwrap_or_else(|| "unknown revision".to_owned()))
-            }
-        };
-        let program = build_program(&target.join("bench"))?;
+    pub fn make() -> Result<Self, String> {
+        let program = build_program(&target_directory()?.join("bench"))?;
         let cache = berth_guest_image::cache_directory().map_err(|e| e.to_string())?;
         let guest = berth_guest_image::default_guest(&cache).map_err(|e| e.to_string())?;
 
@@ -63,8 +51,6 @@ impl Files {
         make_executable(&busybox)?;
         write(&initrd, &with_program(base, &read(&program)?)?)?;
         Ok(Self {
-            berth,
-            berth_revision,
             program,
             busybox,
             kernel: guest.kernel,
@@ -76,8 +62,18 @@ impl Files {
     }
 }
 
+/// Builds Berth, and tells which one it is, for people.
+///
+/// # Errors
+/// A text when it cannot be built.
+pub fn build_berth() -> Result<(PathBuf, String), String> {
+    cargo::run("Berth", cargo::command().args(["build", "--release", "--package", "berth"]))?;
+    let revision = revision().unwrap_or_else(|| "unknown revision".to_owned());
+    Ok((target_directory()?.join("release/berth"), revision))
+}
+
 /// Where this program's cargo puts what it builds: it is in `TARGET/PROFILE/` itself.
-pub fn target_directory() -> Result<PathBuf, String> {
+fn target_directory() -> Result<PathBuf, String> {
     let this = std::env::current_exe().map_err(|e| format!("this program has no path: {e}"))?;
     this.ancestors()
         .nth(2)
@@ -152,6 +148,26 @@ fn revision() -> Option<String> {
     let output = Command::new("git").args(["describe", "--always", "--dirty"]).output().ok()?;
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     (output.status.success() && !text.is_empty()).then_some(text)
+}
+
+#[cfg(test)]
+impl Files {
+    /// With a program of the test's own on the host, and nothing else.
+    pub fn with_script(script: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        write(&program, script.as_bytes()).unwrap();
+        make_executable(&program).unwrap();
+        Self {
+            program,
+            busybox: PathBuf::new(),
+            kernel: PathBuf::new(),
+            plain_initrd: PathBuf::new(),
+            initrd: PathBuf::new(),
+            kernel_release: String::new(),
+            _directory: directory,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -4,23 +4,28 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::time::{ClockId, clock_getcpuclockid};
+use nix::unistd::Pid;
+
 /// A guest that says nothing for so long hangs.
-const SILENCE: Duration = Duration::from_secs(180);
+const SILENCE: Duration = Duration::from_secs(90);
 /// So long may a process take to end after it has closed its output.
 const ENDING: Duration = Duration::from_secs(30);
-/// Unit of the times in `/proc/PID/stat` (proc(5)): USER_HZ is 100 on x86.
-const TICKS_PER_SECOND: f64 = 100.0;
+/// How soon a wait for a line notices an interrupt.
+const NOTICE: Duration = Duration::from_millis(200);
 
 /// Wall-clock and CPU time since a process was started, in seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
     /// Wall-clock time.
     pub wall: f64,
-    /// CPU time of all its threads, user and system, in steps of 10 ms.
+    /// CPU time of all its threads, user and system.
     pub cpu: f64,
 }
 
@@ -32,12 +37,40 @@ pub struct Line {
     pub times: Times,
 }
 
+/// Whether the user has interrupted this program (SIGINT, SIGTERM). A second time ends it at once.
+#[derive(Clone, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// Listens for the signals from now on.
+    ///
+    /// # Errors
+    /// A text when the system refuses that.
+    pub fn listen() -> Result<Self, String> {
+        let interrupt = Self::default();
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            // In this order: the first signal finds the flag unset and goes on to set it.
+            signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupt.0))
+                .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&interrupt.0)))
+                .map_err(|e| format!("no signal handler: {e}"))?;
+        }
+        Ok(interrupt)
+    }
+
+    /// Whether a signal has come.
+    pub fn requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A running process. It is killed when this is dropped.
 pub struct Process {
     child: Child,
     started: Instant,
     lines: Receiver<(String, Instant)>,
     name: String,
+    cpu_clock: ClockId,
+    interrupt: Interrupt,
 }
 
 impl Process {
@@ -45,7 +78,7 @@ impl Process {
     ///
     /// # Errors
     /// A text when it cannot be started.
-    pub fn start(command: &mut Command) -> Result<Self, String> {
+    pub fn start(command: &mut Command, interrupt: &Interrupt) -> Result<Self, String> {
         let name = command.get_program().to_string_lossy().into_owned();
         let started = Instant::now();
         let mut child = command
@@ -69,22 +102,32 @@ impl Process {
                 }
             });
         }
-        Ok(Self { child, started, lines, name })
+        let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
+        let clock = clock_getcpuclockid(Pid::from_raw(pid));
+        let cpu_clock = clock.map_err(|e| format!("{name} has no CPU clock: {e}"))?;
+        Ok(Self { child, started, lines, name, cpu_clock, interrupt: interrupt.clone() })
     }
 
     /// The next line, or none at the end of the output.
     ///
     /// # Errors
-    /// A text when none comes for a long time.
+    /// A text when none comes for a long time, or the user interrupts the wait.
     pub fn line(&mut self) -> Result<Option<Line>, String> {
-        match self.lines.recv_timeout(SILENCE) {
-            Ok((text, at)) => {
-                let wall = (at - self.started).as_secs_f64();
-                Ok(Some(Line { text, times: Times { wall, cpu: self.cpu()? } }))
+        let begun = Instant::now();
+        loop {
+            if self.interrupt.requested() {
+                return Err("interrupted".to_owned());
             }
-            Err(RecvTimeoutError::Disconnected) => Ok(None),
-            Err(RecvTimeoutError::Timeout) => {
-                Err(format!("{} said nothing for {} s", self.name, SILENCE.as_secs()))
+            match self.lines.recv_timeout(NOTICE) {
+                Ok((text, at)) => {
+                    let wall = (at - self.started).as_secs_f64();
+                    return Ok(Some(Line { text, times: Times { wall, cpu: self.cpu()? } }));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) if begun.elapsed() < SILENCE => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(format!("{} said nothing for {} s", self.name, SILENCE.as_secs()));
+                }
             }
         }
     }
@@ -96,7 +139,7 @@ impl Process {
     pub fn end(mut self) -> Result<Times, String> {
         // A process that has ended keeps its times until it is waited for.
         let closed = Instant::now();
-        while self.stat(0)? != "Z" {
+        while self.state()? != "Z" {
             if closed.elapsed() > ENDING {
                 return Err(format!("{} does not end", self.name));
             }
@@ -108,10 +151,12 @@ impl Process {
     }
 
     /// CPU time so far, in seconds.
+    ///
+    /// # Errors
+    /// A text when the process is no more.
     pub fn cpu(&self) -> Result<f64, String> {
-        let field = |index| self.stat(index)?.parse::<f64>().map_err(|e| e.to_string());
-        // Fields 14 and 15 of proc(5): user and system time.
-        Ok((field(11)? + field(12)?) / TICKS_PER_SECOND)
+        let time = self.cpu_clock.now().map_err(|e| format!("the CPU clock of {}: {e}", self.name))?;
+        Ok(Duration::from(time).as_secs_f64())
     }
 
     /// Resident memory in bytes, file pages included (proc(5), `smaps_rollup`).
@@ -123,13 +168,13 @@ impl Process {
         kib.map(|kib| kib * 1024.0).ok_or_else(|| format!("{path} has no Rss"))
     }
 
-    /// A field of `/proc/PID/stat`, counted from 0 behind the program's name.
-    fn stat(&self, index: usize) -> Result<String, String> {
+    /// Its state in `/proc/PID/stat` (proc(5)); `Z` when it has ended and was not waited for.
+    fn state(&self) -> Result<String, String> {
         let path = format!("/proc/{}/stat", self.child.id());
         let text = fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
-        // The name may hold spaces and parentheses.
+        // The name before it may hold spaces and parentheses.
         let fields = text.rsplit_once(')').map_or("", |(_, fields)| fields);
-        fields.split_whitespace().nth(index).map(str::to_owned).ok_or_else(|| format!("{path} is too short"))
+        fields.split_whitespace().next().map(str::to_owned).ok_or_else(|| format!("{path} is too short"))
     }
 }
 
@@ -155,7 +200,8 @@ mod tests {
     #[test]
     fn lines_come_with_their_times() {
         let script = "echo one; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo two";
-        let mut process = Process::start(Command::new("sh").args(["-c", script])).unwrap();
+        let mut process =
+            Process::start(Command::new("sh").args(["-c", script]), &Interrupt::default()).unwrap();
         let one = process.line().unwrap().unwrap();
         let two = process.line().unwrap().unwrap();
         assert_eq!((&*one.text, &*two.text), ("one", "two"));
@@ -167,9 +213,18 @@ mod tests {
 
     #[test]
     fn a_process_that_fails_is_an_error() {
-        let mut process = Process::start(Command::new("sh").args(["-c", "exit 3"])).unwrap();
+        let mut process =
+            Process::start(Command::new("sh").args(["-c", "exit 3"]), &Interrupt::default()).unwrap();
         assert!(process.line().unwrap().is_none());
         assert!(process.end().unwrap_err().contains("3"));
-        assert!(Process::start(&mut Command::new("/absent")).is_err());
+        assert!(Process::start(&mut Command::new("/absent"), &Interrupt::default()).is_err());
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_wait_for_a_line() {
+        let interrupt = Interrupt::default();
+        let mut process = Process::start(Command::new("sleep").arg("600"), &interrupt).unwrap();
+        interrupt.0.store(true, Ordering::Relaxed);
+        assert_eq!(process.line().err().as_deref(), Some("interrupted"));
     }
 }

@@ -1,198 +1,197 @@
-//! Medians, ratios and tables.
+//! What was measured so far, and what it says about the targets.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::fs;
 
-use serde_json::{Value, json};
+use super::sides::SideName;
+use super::statistics::{Spread, geometric_mean};
+use super::works::{Group, Work};
 
-use super::guest::Files;
-use super::measure::{self, Side, Unit, Work};
-
-/// What was measured so far.
-pub struct Report {
-    sides: Vec<String>,
-    /// By work's name and side's name.
-    values: BTreeMap<(&'static str, String), Vec<f64>>,
-    about: BTreeMap<&'static str, String>,
+/// How a value is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub enum Unit {
+    /// Less is better.
+    #[serde(rename = "s")]
+    Seconds,
+    /// Millions of bytes; less is better.
+    #[serde(rename = "MB")]
+    Megabytes,
+    /// Of one core; less is better.
+    #[serde(rename = "%")]
+    Percent,
+    /// How many times as fast as something else; more is better.
+    #[serde(rename = "times")]
+    Times,
 }
 
-impl Report {
-    /// An empty report that says what is measured where.
-    pub fn new(sides: &[Side], rounds: u32, files: &Files) -> Self {
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let lines_of = |key: &str| cpuinfo.lines().filter(|l| l.starts_with(key)).count();
-        let cpu = cpuinfo.lines().find_map(|l| l.strip_prefix("model name")?.split_once(": "));
-        let cpu = cpu.map_or_else(|| "unknown CPU".to_owned(), |(_, name)| name.to_owned());
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let mut about = BTreeMap::from([
-            ("host CPU", format!("{cpu}, {} online", lines_of("processor"))),
-            ("host kernel", kernel.trim().to_owned()),
-            ("guest kernel", files.kernel_release.clone()),
-            ("Berth", files.berth_revision.clone()),
-            ("rounds", rounds.to_string()),
-            ("load before", load()),
-        ]);
-        for side in sides {
-            if let Side::Qemu { version, .. } = side {
-                about.insert("QEMU", version.clone());
-            }
+/// What Berth's own median is to reach.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+impl Bound {
+    pub fn met(self, value: f64) -> bool {
+        match self {
+            Self::AtLeast(bound) => value >= bound,
+            Self::AtMost(bound) => value <= bound,
         }
-        Self { sides: sides.iter().map(Side::to_string).collect(), values: BTreeMap::new(), about }
     }
+}
 
-    /// One more value.
-    pub fn add(&mut self, work: impl std::borrow::Borrow<Work>, side: &Side, value: f64) {
-        self.values.entry((work.borrow().name, side.to_string())).or_default().push(value);
+/// Something that has values: a line of the report.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    pub group: Group,
+    pub name: String,
+    pub unit: Unit,
+    /// Whether it counts for its group's geometric mean.
+    pub counts: bool,
+    /// None if only the comparison with others matters.
+    pub bound: Option<Bound>,
+}
+
+impl Row {
+    /// The row of a piece of work, in seconds.
+    pub fn of(work: &Work) -> Self {
+        Self { group: work.group, name: work.name.to_owned(), unit: Unit::Seconds, counts: true, bound: None }
     }
+}
 
-    /// Nothing more will be measured.
-    pub fn finish(&mut self) {
-        self.about.insert("load after", load());
-    }
+/// The values of a row.
+pub struct Values {
+    pub row: Row,
+    /// In the order in which they were measured.
+    pub of: BTreeMap<SideName, Vec<f64>>,
+}
 
-    fn spread(&self, work: Work, side: &str) -> Option<Spread> {
-        Spread::of(self.values.get(&(work.name, side.to_owned()))?)
+impl Values {
+    pub fn spread(&self, side: SideName) -> Option<Spread> {
+        Spread::of(self.of.get(&side)?)
     }
 
     /// How many times as good as `other` Berth is.
-    fn ratio(&self, work: Work, other: &str) -> Option<f64> {
-        let (berth, other) = (self.spread(work, "Berth")?.median, self.spread(work, other)?.median);
-        let ratio = if work.unit == Unit::PerSecond { berth / other } else { other / berth };
-        ratio.is_finite().then_some(ratio)
+    pub fn ratio(&self, other: SideName) -> Option<f64> {
+        let (berth, other) = (self.spread(SideName::Berth)?.median, self.spread(other)?.median);
+        let ratio = if self.row.unit == Unit::Times { berth / other } else { other / berth };
+        (ratio.is_finite() && ratio > 0.0).then_some(ratio)
+    }
+}
+
+/// A group's geometric mean beside its target.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Mean {
+    /// How many times as good as the other side Berth is.
+    pub mean: f64,
+    /// Of so many pieces of work.
+    pub rows: usize,
+    /// None if there is no target.
+    pub target: Option<f64>,
+}
+
+/// Everything that was measured.
+#[derive(Default)]
+pub struct Report {
+    /// What was measured where: names and texts.
+    pub about: Vec<(&'static str, String)>,
+    rows: Vec<Values>,
+    /// Who could not do which work and why, each once.
+    pub skipped: Vec<String>,
+    /// What went wrong and was tried once more.
+    pub again: Vec<String>,
+    /// What went wrong.
+    pub failures: Vec<String>,
+}
+
+impl Report {
+    /// Without values.
+    pub fn new(about: Vec<(&'static str, String)>) -> Self {
+        Self { about, ..Self::default() }
     }
 
-    /// For people, in Markdown.
-    pub fn tables(&self) -> String {
-        let mut text = String::new();
-        for (what, value) in &self.about {
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "- {what}: {value}");
+    /// One more value.
+    pub fn add(&mut self, row: Row, side: SideName, value: f64) {
+        let index = self.rows.iter().position(|known| known.row == row).unwrap_or_else(|| {
+            self.rows.push(Values { row, of: BTreeMap::new() });
+            self.rows.len() - 1
+        });
+        self.rows[index].of.entry(side).or_default().push(value);
+    }
+
+    /// `side` cannot do `work`.
+    pub fn skip(&mut self, side: SideName, work: &Work, reason: &str) {
+        let text = format!("{}: {side}: {reason}", work.name);
+        if !self.skipped.contains(&text) {
+            self.skipped.push(text);
         }
-        let _ = writeln!(text, "\n| work | {} | Berth : native | Berth : TCG |", self.sides.join(" | "));
-        let _ = writeln!(text, "|---|{}---|---|", "---|".repeat(self.sides.len()));
-        for work in measure::all() {
-            let values = self.sides.iter().map(|side| show(self.spread(work, side), work.unit));
-            let ratios = ["native", "TCG"]
-                .map(|side| self.ratio(work, side).map_or_else(String::new, |ratio| format!("{ratio:.2}")));
-            let cells: Vec<_> = values.chain(ratios).collect();
-            if cells.iter().any(|c| !c.is_empty()) {
-                let _ = writeln!(text, "| {} | {} |", work.name, cells.join(" | "));
-            }
-        }
-        text.push_str(
-            "\nMedian (least to most). Ratios: how many times as good as that Berth is; 1 is equal.",
-        );
-        text
     }
 
-    /// For programs.
-    ///
-    /// # Errors
-    /// Never in practice: a text if it cannot be written as JSON.
-    pub fn json(&self) -> Result<String, String> {
-        let works: Vec<Value> = measure::all().into_iter().map(|work| self.work_json(work)).collect();
-        serde_json::to_string_pretty(&json!({ "about": self.about, "work": works }))
-            .map_err(|e| e.to_string())
+    /// The sides that have values.
+    pub fn sides(&self) -> Vec<SideName> {
+        let all = [SideName::Native, SideName::Tcg, SideName::Berth];
+        all.into_iter().filter(|side| self.rows.iter().any(|values| values.of.contains_key(side))).collect()
     }
 
-    fn work_json(&self, work: Work) -> Value {
-        let sides: BTreeMap<_, _> = self
-            .sides
-            .iter()
-            .filter_map(|side| {
-                let s = self.spread(work, side)?;
-                Some((
-                    side,
-                    json!({ "median": s.median, "least": s.least, "most": s.most, "count": s.count }),
-                ))
-            })
-            .collect();
-        json!({
-            "name": work.name,
-            "unit": unit(work.unit),
-            "values": sides,
-            "berth_to_native": self.ratio(work, "native"),
-            "berth_to_tcg": self.ratio(work, "TCG"),
-        })
+    /// The rows of a group.
+    pub fn rows(&self, group: Group) -> impl Iterator<Item = &Values> {
+        self.rows.iter().filter(move |values| values.row.group == group)
     }
-}
 
-/// The host's load averages over 1, 5 and 15 minutes.
-pub fn load() -> String {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split_whitespace().take(3).collect::<Vec<_>>().join(" ")
-}
-
-/// What several measurements of the same thing gave.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Spread {
-    /// The one in the middle.
-    pub median: f64,
-    /// The least.
-    pub least: f64,
-    /// The most.
-    pub most: f64,
-    /// How many values there are.
-    pub count: usize,
-}
-
-impl Spread {
-    /// Of `values`; none if there are none.
-    pub fn of(values: &[f64]) -> Option<Self> {
-        let mut sorted = values.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let (least, most) = (*sorted.first()?, *sorted.last()?);
-        let (low, high) = (sorted.get((sorted.len() - 1) / 2)?, sorted.get(sorted.len() / 2)?);
-        Some(Self { median: (low + high) / 2.0, least, most, count: sorted.len() })
+    /// How a group does beside another side; none if nothing was measured on both.
+    pub fn mean(&self, group: Group, other: SideName) -> Option<Mean> {
+        let rows = self.rows(group).filter(|values| values.row.counts);
+        let ratios: Vec<_> = rows.filter_map(|values| values.ratio(other)).collect();
+        let target = if other == SideName::Native { group.target().native } else { group.target().tcg };
+        Some(Mean { mean: geometric_mean(&ratios)?, rows: ratios.len(), target })
     }
-}
-
-fn unit(unit: Unit) -> &'static str {
-    match unit {
-        Unit::Seconds => "s",
-        Unit::PerSecond => "1/s",
-        Unit::MiB => "MiB",
-        Unit::Percent => "%",
-    }
-}
-
-fn show(spread: Option<Spread>, of: Unit) -> String {
-    let Some(s) = spread else { return String::new() };
-    let number = |v: f64| if v >= 100.0 { format!("{v:.0}") } else { format!("{v:.2}") };
-    let range =
-        if s.count > 1 { format!(" ({}–{})", number(s.least), number(s.most)) } else { String::new() };
-    format!("{} {}{range}", number(s.median), unit(of))
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    #[test]
-    fn medians_of_odd_and_even_counts() {
-        assert_eq!(Spread::of(&[3.0, 1.0, 2.0]).unwrap().median, 2.0);
-        let even = Spread::of(&[4.0, 1.0, 2.0, 3.0]).unwrap();
-        assert_eq!((even.median, even.least, even.most), (2.5, 1.0, 4.0));
-        assert_eq!(Spread::of(&[]), None);
+    pub fn row(name: &str, group: Group, unit: Unit) -> Row {
+        Row { group, name: name.to_owned(), unit, counts: true, bound: None }
     }
 
     #[test]
     fn ratios_say_how_good_berth_is() {
-        let mut report = Report {
-            sides: vec!["TCG".into(), "Berth".into()],
-            values: BTreeMap::new(),
-            about: BTreeMap::new(),
-        };
-        let tcg = Side::Qemu { program: "qemu".into(), version: String::new() };
-        let rate = Work { name: "rate", unit: Unit::PerSecond };
-        let time = Work { name: "time", unit: Unit::Seconds };
-        for (work, berth, other) in [(rate, 20.0, 10.0), (time, 1.0, 4.0)] {
-            report.add(work, &Side::Berth, berth);
-            report.add(work, &tcg, other);
+        let mut report = Report::default();
+        for (unit, berth, other) in [(Unit::Times, 20.0, 10.0), (Unit::Seconds, 1.0, 4.0)] {
+            report.add(row("work", Group::Integer, unit), SideName::Berth, berth);
+            report.add(row("work", Group::Integer, unit), SideName::Tcg, other);
         }
-        assert_eq!(report.ratio(rate, "TCG"), Some(2.0));
-        assert_eq!(report.ratio(time, "TCG"), Some(4.0));
-        assert_eq!(report.ratio(time, "native"), None);
+        let ratios = |side| report.rows(Group::Integer).map(|v| v.ratio(side)).collect::<Vec<_>>();
+        assert_eq!(ratios(SideName::Tcg), [Some(2.0), Some(4.0)]);
+        assert_eq!(ratios(SideName::Native), [None, None]);
+    }
+
+    #[test]
+    fn a_group_is_the_geometric_mean_of_what_counts_and_both_sides_did() {
+        let mut report = Report::default();
+        let measured = [("a", 1.0, Some(2.0)), ("b", 1.0, Some(8.0)), ("c", 1.0, None)];
+        for (name, berth, tcg) in measured {
+            report.add(row(name, Group::Calls, Unit::Seconds), SideName::Berth, berth);
+            if let Some(tcg) = tcg {
+                report.add(row(name, Group::Calls, Unit::Seconds), SideName::Tcg, tcg);
+            }
+        }
+        let aside = Row { counts: false, ..row("d", Group::Calls, Unit::Seconds) };
+        report.add(aside.clone(), SideName::Berth, 1.0);
+        report.add(aside, SideName::Tcg, 1000.0);
+        let mean = report.mean(Group::Calls, SideName::Tcg).unwrap();
+        assert!((mean.mean - 4.0).abs() < 1e-12);
+        assert_eq!((mean.rows, mean.target), (2, Some(3.5)));
+        assert_eq!(report.mean(Group::Calls, SideName::Native), None);
+        assert_eq!(report.sides(), [SideName::Tcg, SideName::Berth]);
+    }
+
+    #[test]
+    fn a_reason_is_kept_once() {
+        let mut report = Report::default();
+        let work = Work { name: "sha256-ni", group: Group::Vector, count: 1, native: 1, tcg: 1 };
+        (0..3).for_each(|_| report.skip(SideName::Tcg, &work, "no SHA"));
+        assert_eq!(report.skipped, ["sha256-ni: TCG: no SHA"]);
     }
 }

@@ -12,9 +12,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 
-use super::process::{self, Process};
-use super::report::{self, Spread};
-use crate::cargo;
+use super::process::{self, Interrupt, Process};
+use super::statistics::Spread;
 
 /// The guest's memory.
 const MEMORY: &str = "128M";
@@ -57,10 +56,7 @@ struct Side {
 pub fn run(arguments: &StartArguments) -> Result<(), String> {
     let berth = match &arguments.berth {
         Some(path) => path.clone(),
-        None => {
-            cargo::run("Berth", cargo::command().args(["build", "--release", "--package", "berth"]))?;
-            super::guest::target_directory()?.join("release/berth")
-        }
+        None => super::guest::build_berth()?.0,
     };
     let directory = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
     let exit = kernel(directory.path(), "exit", &[0xb0, VALUE, 0xe6, PORT, 0xf4, 0xeb, 0xfd])?;
@@ -73,7 +69,7 @@ pub fn run(arguments: &StartArguments) -> Result<(), String> {
             side.walls.push(wall * 1000.0);
         }
     }
-    println!("- rounds: {}, in turn; load after: {}", arguments.rounds, report::load());
+    println!("- rounds: {}, in turn; load after: {}", arguments.rounds, super::load());
     println!(
         "\n| VM of 1 vCPU and {MEMORY} | start to end of the process | resident while the guest halts |"
     );
@@ -165,7 +161,7 @@ fn start(words: &[String], kernel: &Path) -> Result<f64, String> {
 
 /// Resident memory in bytes of a VM whose guest halts, what it touched of its own memory included.
 fn resident(words: &[String], kernel: &Path) -> Result<f64, String> {
-    let process = Process::start(&mut command(words, kernel)?)?;
+    let process = Process::start(&mut command(words, kernel)?, &Interrupt::default())?;
     thread::sleep(SETTLING);
     process.resident()
 }

@@ -1,0 +1,135 @@
+//! Who does the work, and the commands for it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::guest::{Files, PROGRAM};
+use super::works::Work;
+
+/// RAM of the guests.
+const MEMORY: &str = "256M";
+
+/// Who does the work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The host, without a VM.
+    Native,
+    /// A guest.
+    Guest(Emulator),
+}
+
+/// What runs a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Emulator {
+    /// QEMU's translator.
+    Qemu {
+        /// Its program.
+        program: PathBuf,
+        /// What it says of itself.
+        version: String,
+    },
+    /// Berth.
+    Berth {
+        /// Its program.
+        program: PathBuf,
+        /// Which one it is, for people.
+        revision: String,
+        /// Its `--engine`.
+        engine: String,
+    },
+}
+
+/// A [`Side`] without what it needs; in the order of reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum SideName {
+    /// The host itself
+    Native,
+    /// QEMU's translator
+    Tcg,
+    /// Berth
+    Berth,
+}
+
+impl fmt::Display for SideName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Native => "native",
+            Self::Tcg => "TCG",
+            Self::Berth => "Berth",
+        })
+    }
+}
+
+impl Side {
+    pub fn name(&self) -> SideName {
+        match self {
+            Self::Native => SideName::Native,
+            Self::Guest(Emulator::Qemu { .. }) => SideName::Tcg,
+            Self::Guest(Emulator::Berth { .. }) => SideName::Berth,
+        }
+    }
+
+    /// How much of `work` this side does.
+    pub fn count(&self, work: &Work) -> u32 {
+        match self {
+            Self::Native => work.count.saturating_mul(work.native),
+            Self::Guest(Emulator::Qemu { .. }) => (work.count / work.tcg).max(1),
+            Self::Guest(Emulator::Berth { .. }) => work.count,
+        }
+    }
+
+    /// A command that does all of `work` with so many CPUs; the host itself is kept on one or may use all.
+    pub fn program(&self, files: &Files, cpus: u32, work: &[Work]) -> Command {
+        let orders: Vec<_> = work.iter().map(|w| format!("{}={}", w.name, self.count(w))).collect();
+        match self {
+            Self::Native => {
+                let mut command = Command::new(&files.program);
+                if cpus == 1 {
+                    command.arg("--one-cpu");
+                }
+                command.arg(&files.busybox).args(orders);
+                command
+            }
+            Self::Guest(emulator) => emulator.program(files, cpus, &orders.join(" ")),
+        }
+    }
+}
+
+impl Emulator {
+    /// A guest that runs `guest/bench` with `orders` and powers off.
+    pub fn program(&self, files: &Files, cpus: u32, orders: &str) -> Command {
+        let parameters = format!(" panic=-1 berth.run=\"{PROGRAM} /bin/busybox {orders}\"");
+        self.machine(files, cpus, &files.initrd, &parameters)
+    }
+
+    /// The default guest as it is, which boots to its shell.
+    pub fn default_guest(&self, files: &Files) -> Command {
+        self.machine(files, 1, &files.plain_initrd, "")
+    }
+
+    /// A VM with `parameters` for its kernel and init. It ends when the guest powers off or resets.
+    fn machine(&self, files: &Files, cpus: u32, initrd: &Path, parameters: &str) -> Command {
+        let cpus = cpus.to_string();
+        let (mut command, dashes) = match self {
+            Self::Qemu { program, .. } => {
+                let mut command = Command::new(program);
+                command.args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &cpus]);
+                command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
+                command.args(["-no-reboot", "-m", MEMORY]);
+                (command, "-")
+            }
+            Self::Berth { program, engine, .. } => {
+                let mut command = Command::new(program);
+                command.args(["run", "--engine", engine, "--no-reboot", "--memory", MEMORY, "--cpus", &cpus]);
+                (command, "--")
+            }
+        };
+        command.arg(format!("{dashes}kernel")).arg(&files.kernel);
+        command.arg(format!("{dashes}initrd")).arg(initrd);
+        command
+            .arg(format!("{dashes}append"))
+            .arg(format!("{}{parameters}", berth_guest_image::KERNEL_PARAMETERS));
+        command
+    }
+}
