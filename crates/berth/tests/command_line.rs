@@ -34,13 +34,6 @@ fn bad_arguments_exit_with_2_and_name_what_was_bad() {
 }
 
 #[test]
-fn an_engine_that_is_not_there_exits_with_1() {
-    let output = berth(&["run", "--engine", "kvm"]);
-    assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("not available yet"), "{}", text(&output.stderr));
-}
-
-#[test]
 fn bad_files_exit_with_1_and_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();

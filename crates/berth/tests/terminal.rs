@@ -4,14 +4,15 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
+
+use common::{EXITS, berth};
+
+mod common;
 
 /// cli; again: hlt; jmp again
 const SLEEPS: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
-/// mov al, 0x10; out 0xf4, al; again: hlt; jmp again
-const EXITS: &[u8] = &[0xb0, 0x10, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd];
 /// Interrupts with an IDT of length 0: push 0; push 0; lidt [esp]; int3
 const TRIPLE_FAULTS: &[u8] =
     &[0x6a, 0x00, 0x6a, 0x00, 0xbc, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x01, 0x1c, 0x24, 0xcc];
@@ -32,27 +33,6 @@ const ECHOES: &[u8] = &[
 ];
 
 const LIMIT: Duration = Duration::from_secs(20);
-
-/// A multiboot kernel (Multiboot Specification 0.6.96, 3.1) that is loaded at 1 MiB and starts with `code`.
-fn kernel(directory: &tempfile::TempDir, code: &[u8]) -> PathBuf {
-    const FLAGS: u32 = 1 << 16;
-    const MAGIC: u32 = 0x1bad_b002;
-    let base = 0x10_0000;
-    let header = [MAGIC, FLAGS, 0u32.wrapping_sub(MAGIC + FLAGS), base, base, 0, 0, base + 32];
-    let mut image: Vec<u8> = header.iter().flat_map(|word| word.to_le_bytes()).collect();
-    image.extend(code);
-    image.resize(4096, 0);
-    let path = directory.path().join("kernel");
-    std::fs::write(&path, image).unwrap();
-    path
-}
-
-fn berth(code: &[u8], directory: &tempfile::TempDir) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
-    command.args(["run", "--memory", "16M", "--name", "test", "--debug-exit", "--no-reboot", "--kernel"]);
-    command.arg(kernel(directory, code));
-    command
-}
 
 /// The exit code, or `None` if a signal ended it; panics if it does not end.
 fn wait(child: &mut Child) -> Option<i32> {
