@@ -50,9 +50,12 @@ impl Effect {
     }
 }
 
-/// Shifts by a count of zero leave the flags alone.
+/// Shifts by a count of zero leave the flags alone; BSF and BSR leave those alone that the manual calls undefined.
 fn may_leave_flags(insn: &Instruction) -> bool {
     use Mnemonic::*;
+    if matches!(insn.mnemonic(), Bsf | Bsr) {
+        return true;
+    }
     if !matches!(insn.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd | Rol | Ror | Rcl | Rcr) {
         return false;
     }
