@@ -2,7 +2,7 @@
 //!
 //! An undefined flag may have any value, so it is not compared, and generated code does not read it.
 
-use iced_x86::{FlowControl, Instruction, Mnemonic as M, OpKind, RflagsBits};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic as M, OpKind, RflagsBits};
 
 use crate::case::{Case, Item, Target};
 
@@ -90,13 +90,34 @@ pub fn reads_undefined(items: &[Item]) -> Option<usize> {
     items.iter().zip(before).position(|(item, undefined)| item.insn.rflags_read() & undefined != 0)
 }
 
+/// Whether a store may change a return address, so that a return leads into the middle of an item.
+fn may_return_astray(items: &[Item]) -> bool {
+    let returns = items.iter().any(|item| item.insn.flow_control() == FlowControl::Return);
+    let stores = |insn: &Instruction| insn.op_count() > 0 && insn.op0_kind() == OpKind::Memory;
+    returns && items.iter().any(|item| stores(&item.insn))
+}
+
+/// Flags that the instructions leave undefined which begin in the middle of an item.
+fn undefined_between(case: &Case) -> u32 {
+    let bytes = &case.code.bytes;
+    (0..bytes.len())
+        .map(|offset| (offset, case.start() + offset as u64))
+        .filter(|(_, rip)| !case.code.starts.contains(rip))
+        .map(|(offset, rip)| {
+            Decoder::with_ip(case.mode.bitness(), &bytes[offset..], rip, DecoderOptions::NONE).decode()
+        })
+        .filter(|insn| !insn.is_invalid())
+        .fold(0, |all, insn| all | undefined_by(&insn))
+}
+
 /// Bits of RFLAGS that may be undefined when `case` ends at `rip`.
 pub fn undefined_at(case: &Case, rip: u64) -> u64 {
     let before = undefined_before(&case.items);
     // INT3 after the last item, or a fault at an item. Elsewhere: anything that any item leaves.
     let at = case.code.starts.iter().position(|&s| s == rip);
     let ended = case.code.starts.last().is_some_and(|&end| rip == end + 1);
-    match (at, before.last()) {
+    let astray = if may_return_astray(&case.items) { to_rflags(undefined_between(case)) } else { 0 };
+    astray | match (at, before.last()) {
         (Some(i), _) if i < case.items.len() => to_rflags(before[i]),
         (_, Some(last)) if ended => to_rflags(*last),
         _ => to_rflags(case.items.iter().fold(0, |all, item| all | undefined_by(&item.insn))),

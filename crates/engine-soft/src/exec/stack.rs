@@ -8,6 +8,7 @@ use super::{frame, segments};
 use crate::code::Flow;
 use crate::cpu::Cpu;
 use crate::fault::{Fault, Guest};
+use crate::memory::Access;
 use crate::state::Seg;
 
 /// How far the stack pointer moves: the size of what is pushed or popped.
@@ -152,6 +153,10 @@ pub fn enter(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     let frame_pointer = frame::with_pointer(&cpu.s, frame::pointer(&cpu.s).wrapping_sub(size as u64));
 
     let top = frame::pointer(&cpu.s);
+    // The first push comes before anything is read.
+    let first = top.wrapping_sub(size as u64) & mask;
+    cpu.require_aligned(Seg::Ss, first, size, Access::Write, size)?;
+    cpu.probe_write(Seg::Ss, first, size)?;
     let mut pushed = [0; 32];
     pushed[0] = rbp;
     for n in 1..level {
@@ -173,6 +178,7 @@ pub fn enter(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     }
     let bottom = frame::pointer(&cpu.s).wrapping_sub((count * size) as u64 + locals) & mask;
     // The stack must be writable at its new end (SDM volume 2, ENTER).
+    cpu.require_aligned(Seg::Ss, bottom, size, Access::Write, size)?;
     cpu.probe_write(Seg::Ss, bottom, size)?;
     frame::write_all(cpu, size, &pushed[..count])?;
     // As the CPU does, BP takes as many bits as the operand has; the stack pointer has the stack's size.

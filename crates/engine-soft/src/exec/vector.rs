@@ -9,6 +9,7 @@ use super::operands;
 use crate::code::Flow;
 use crate::cpu::Cpu;
 use crate::fault::{Fault, Guest};
+use crate::memory::Access;
 use crate::mode::Mode;
 use crate::state::{Seg, State};
 
@@ -133,7 +134,7 @@ pub fn masked_move(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
 /// MASKMOVDQU and its VEX form: stores selected bytes of an XMM register at rDI.
 ///
 /// # Errors
-/// #UD, #NM, and what writing a selected byte raises.
+/// #UD, #NM, #AC, and what writing a selected byte raises.
 pub fn maskmovdqu(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     if insn.mnemonic() == M::Vmaskmovdqu {
         require_avx(&cpu.s)?
@@ -148,7 +149,7 @@ pub fn maskmovdqu(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
 /// MASKMOVQ: stores selected bytes of an MMX register at rDI.
 ///
 /// # Errors
-/// #UD for CR0.EM, #NM, #MF for an x87 exception that waits, and what writing a selected byte raises.
+/// #UD for CR0.EM, #NM, #MF for an x87 exception that waits, #AC, and what writing a selected byte raises.
 pub fn maskmovq(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     if cpu.s.cr0 & berth_cpu::bits::cr0::EM != 0 {
         return Err(Fault::ud());
@@ -159,9 +160,11 @@ pub fn maskmovq(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
         return Err(Fault::plain(vector::MF));
     }
     let mmx = |n| x87.mmx(insn.op_register(n).number() & 7).to_le_bytes();
-    store_bytes(cpu, insn, &mmx(1), &mmx(2))?;
+    let (data, mask) = (mmx(1), mmx(2));
+    // Also when the store faults (seen on AMD's Zen 5).
     x87.enter_mmx();
     x87.load();
+    store_bytes(cpu, insn, &data, &mask)?;
     Ok(Flow::Next)
 }
 
@@ -169,6 +172,8 @@ pub fn maskmovq(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
 fn store_bytes(cpu: &mut Cpu, insn: &Instruction, data: &[u8], mask: &[u8]) -> Guest<()> {
     let (seg, offset, address_mask) = string_destination(cpu, insn);
     let at = |i: usize| offset.wrapping_add(i as u64) & address_mask;
+    // Whatever the mask selects (measured on AMD's Zen 5).
+    cpu.require_aligned(seg, offset, 1, Access::Write, 8)?;
     let selected = || mask.iter().enumerate().filter(|(_, m)| **m & 0x80 != 0).map(|(i, _)| i);
     for i in selected() {
         cpu.probe_write(seg, at(i), 1)?;

@@ -90,11 +90,28 @@ impl Cpu {
         }
     }
 
-    fn check_alignment(&self, lin: u64, size: usize) -> Guest<()> {
-        if self.s.mode.has(crate::mode::Mode::ALIGN) && lin & (size as u64 - 1) != 0 {
+    fn check_alignment(&self, lin: u64, alignment: usize) -> Guest<()> {
+        if self.s.mode.has(crate::mode::Mode::ALIGN) && lin & (alignment as u64 - 1) != 0 {
             return Err(Fault::with_error(berth_cpu::bits::vector::AC, 0));
         }
         Ok(())
+    }
+
+    /// Checks the start of an operand of `len` bytes as RFLAGS.AC asks: `alignment` is 2, 4 or 8, that of the operand's
+    /// parts (SDM volume 3, table 6-7).
+    ///
+    /// # Errors
+    /// #AC(0), and what the segment raises.
+    pub fn require_aligned(
+        &mut self,
+        seg: Seg,
+        offset: u64,
+        len: usize,
+        access: Access,
+        alignment: usize,
+    ) -> Guest<()> {
+        let lin = self.linear(seg, offset, len, access)?;
+        self.check_alignment(lin, alignment)
     }
 
     fn load_linear(&mut self, lin: u64, size: usize, rights: Rights) -> Guest<u64> {

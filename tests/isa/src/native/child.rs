@@ -7,7 +7,7 @@
 //! The handler runs with the FS base of the case. It uses no thread-local storage and nothing of the C library
 //! but memory copies; system calls are made by hand.
 
-use std::arch::asm;
+use std::arch::{asm, naked_asm};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
@@ -113,7 +113,7 @@ pub(super) unsafe fn main(mailbox: *mut Mailbox, fd: i32) -> ! {
             finish(mailbox, problem::MAP);
         }
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler as *const () as usize;
+        action.sa_sigaction = entry as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
         libc::sigfillset(&mut action.sa_mask);
         for signal in SIGNALS {
@@ -190,6 +190,12 @@ const GPR: [libc::c_int; 16] = [
 
 /// First word of what Linux puts into bytes 464 to 511 of the frame's FXSAVE image if an XSAVE area follows.
 const FP_XSTATE_MAGIC1: u32 = 0x4650_5853;
+
+/// The kernel starts a handler with the case's RFLAGS.AC, with which compiled code does not run.
+#[unsafe(naked)]
+extern "C" fn entry(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    naked_asm!("push 0x202", "popfq", "jmp {}", sym handler)
+}
 
 extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let mailbox = MAILBOX.load(Ordering::Relaxed);

@@ -9,6 +9,7 @@ use crate::code::Flow;
 use crate::cpu::Cpu;
 use crate::exec::operands;
 use crate::fault::{Fault, Guest};
+use crate::memory::Access;
 
 /// Bytes of an environment for 32-bit and 16-bit operand size.
 const ENVIRONMENT_32: usize = 28;
@@ -26,11 +27,16 @@ fn sizes(insn: &Instruction) -> Guest<(usize, usize)> {
     }
 }
 
+/// Bytes of each of an environment's seven words: the operand size.
+fn word_size(environment: usize) -> usize {
+    environment / 7
+}
+
 /// The image of `x87`. Unused upper halves are ones, addresses and opcode zero.
 fn image(x87: &X87, environment: usize) -> [u8; ENVIRONMENT_32 + REGISTERS] {
     let mut image = [0; ENVIRONMENT_32 + REGISTERS];
     let words = [x87.fcw, x87.fsw, x87.full_tags()];
-    let step = environment / 7;
+    let step = word_size(environment);
     for (slot, word) in image.chunks_exact_mut(step).zip(words) {
         slot.fill(0xff);
         slot[..2].copy_from_slice(&word.to_le_bytes());
@@ -48,7 +54,7 @@ fn image(x87: &X87, environment: usize) -> [u8; ENVIRONMENT_32 + REGISTERS] {
 /// FNSTENV and FNSAVE; the former then masks all exceptions, the latter initializes the x87.
 ///
 /// # Errors
-/// #NM, and what writing memory raises.
+/// #NM, #AC, and what writing memory raises.
 pub fn store_environment(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     require_x87(&cpu.s)?;
     let (environment, total) = sizes(insn)?;
@@ -57,6 +63,7 @@ pub fn store_environment(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
         require_no_exception(&x87)?;
     }
     let (seg, offset) = (operands::segment(&cpu.s, insn), operands::offset(&cpu.s, insn));
+    cpu.require_aligned(seg, offset, total, Access::Write, word_size(environment))?;
     cpu.store_bytes(seg, offset, &image(&x87, environment)[..total])?;
     if total == environment {
         x87.mask_exceptions();
@@ -77,7 +84,7 @@ fn require_no_exception(x87: &X87) -> Guest<()> {
 /// FLDENV and FRSTOR.
 ///
 /// # Errors
-/// #NM, #MF for an exception that waits, and what reading memory raises.
+/// #NM, #MF for an exception that waits, #AC, and what reading memory raises.
 pub fn load_environment(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     require_x87(&cpu.s)?;
     let (environment, total) = sizes(insn)?;
@@ -85,6 +92,7 @@ pub fn load_environment(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     require_no_exception(&x87)?;
     let mut image = [0; ENVIRONMENT_32 + REGISTERS];
     let (seg, offset) = (operands::segment(&cpu.s, insn), operands::offset(&cpu.s, insn));
+    cpu.require_aligned(seg, offset, total, Access::Read, word_size(environment))?;
     cpu.load_bytes(seg, offset, &mut image[..total])?;
     parse(&mut x87, &image[..total], environment);
     x87.load();
@@ -94,7 +102,7 @@ pub fn load_environment(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
 /// Changes `x87` to what `image` says: an environment, perhaps followed by registers.
 fn parse(x87: &mut X87, image: &[u8], environment: usize) {
     let (environment, registers) = image.split_at(environment.min(image.len()));
-    let step = environment.len() / 7;
+    let step = word_size(environment.len());
     let word = |n: usize| u16::from_le_bytes([environment[n * step], environment[n * step + 1]]);
     if registers.is_empty() {
         // The registers stay where they are, but which one is ST(0) may change.
