@@ -91,7 +91,8 @@ pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Differe
     let mut list = Vec::new();
     let tolerance = tolerance(case, native);
     let access = |v| matches!(v, vector::PF | vector::GP | vector::SS);
-    let both = access(native.vector) && access(soft.vector) && native.rip == soft.rip;
+    let operand = |v| access(v) || v == vector::AC;
+    let both = operand(native.vector) && operand(soft.vector) && native.rip == soft.rip;
     if tolerance.any_operand && both || tolerance.all && access(native.vector) {
         return list;
     }

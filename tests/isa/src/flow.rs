@@ -117,11 +117,12 @@ pub fn undefined_at(case: &Case, rip: u64) -> u64 {
     let at = case.code.starts.iter().position(|&s| s == rip);
     let ended = case.code.starts.last().is_some_and(|&end| rip == end + 1);
     let astray = if may_return_astray(&case.items) { to_rflags(undefined_between(case)) } else { 0 };
-    astray | match (at, before.last()) {
-        (Some(i), _) if i < case.items.len() => to_rflags(before[i]),
-        (_, Some(last)) if ended => to_rflags(*last),
-        _ => to_rflags(case.items.iter().fold(0, |all, item| all | undefined_by(&item.insn))),
-    }
+    astray
+        | match (at, before.last()) {
+            (Some(i), _) if i < case.items.len() => to_rflags(before[i]),
+            (_, Some(last)) if ended => to_rflags(*last),
+            _ => to_rflags(case.items.iter().fold(0, |all, item| all | undefined_by(&item.insn))),
+        }
 }
 
 #[cfg(test)]
