@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
+use berth_memory::GuestMemory;
 
 use crate::board::Board;
 use crate::event::Event;
@@ -15,11 +16,17 @@ use crate::virtio::DiskResizeError;
 pub struct MachineControl {
     events: Sender<Event>,
     board: Arc<Board>,
+    memory: GuestMemory,
 }
 
 impl MachineControl {
-    pub(crate) fn new(events: Sender<Event>, board: Arc<Board>) -> Self {
-        Self { events, board }
+    pub(crate) fn new(events: Sender<Event>, board: Arc<Board>, memory: GuestMemory) -> Self {
+        Self { events, board, memory }
+    }
+
+    /// The guest's memory: what is in it, and in which state each page is.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// Gives input to the serial console; returns how many bytes it took. It takes less than all when the guest

@@ -139,13 +139,13 @@ impl Machine {
             events,
             board: board.clone(),
             engine,
-            memory,
+            memory: memory.clone(),
             source,
             platform,
             no_reboot: config.no_reboot,
             entry: booted.state,
         });
-        let control = MachineControl::new(sender, board);
+        let control = MachineControl::new(sender, board, memory);
         Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
     }
 

@@ -6,8 +6,9 @@ use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
+use crate::bits::PageBits;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM};
-use crate::{GuestPhysAddr, HostVirtAddr, PAGE_SIZE};
+use crate::{GuestPhysAddr, HostVirtAddr, PAGE_SHIFT, PAGE_SIZE};
 
 /// Why guest memory could not be made or accessed.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +74,8 @@ pub struct GuestMemory {
     map: Arc<GuestMemoryMmap>,
     regions: Arc<[RamRegion]>,
     size: u64,
+    /// Pages that the guest gave back at some time.
+    released: Arc<PageBits>,
 }
 
 impl std::fmt::Debug for GuestMemory {
@@ -106,7 +109,8 @@ impl GuestMemory {
                 host: HostVirtAddr(r.as_ptr() as u64),
             })
             .collect();
-        Ok(Self { map: Arc::new(map), regions, size })
+        let released = Arc::new(PageBits::new((size >> PAGE_SHIFT) as usize));
+        Ok(Self { map: Arc::new(map), regions, size, released })
     }
 
     /// Size of all RAM in bytes.
@@ -135,6 +139,28 @@ impl GuestMemory {
         })
     }
 
+    /// The number of the page at `addr` among all pages of RAM, without the hole.
+    pub(crate) fn page_index(&self, addr: GuestPhysAddr) -> Option<usize> {
+        let mut before = 0;
+        for region in self.regions.iter() {
+            if (region.start..region.end()).contains(&addr) {
+                return usize::try_from((before + (addr - region.start)) >> PAGE_SHIFT).ok();
+            }
+            before += region.len;
+        }
+        None
+    }
+
+    /// Whether the guest gave the page back at some time.
+    pub(crate) fn is_released(&self, page: usize) -> bool {
+        self.released.get(page)
+    }
+
+    /// Whether the cold store has the page.
+    pub(crate) fn is_stored(&self, _page: usize) -> bool {
+        false
+    }
+
     /// Gives `len` bytes from `start` on back to the host; they read as zero from now on. Both are multiples of 4096.
     ///
     /// # Errors
@@ -148,7 +174,12 @@ impl GuestMemory {
         // SAFETY: the range is inside a mapping of ours that is only memory of the guest; nobody has references
         // into it.
         match unsafe { libc::madvise(host.0 as *mut libc::c_void, len as usize, libc::MADV_DONTNEED) } {
-            0 => Ok(()),
+            0 => {
+                if let Some(first) = self.page_index(start) {
+                    (first..first + (len >> PAGE_SHIFT) as usize).for_each(|page| self.released.set(page));
+                }
+                Ok(())
+            }
             _ => Err(MemoryError::Discard { start, len, source: std::io::Error::last_os_error() }),
         }
     }
