@@ -502,12 +502,19 @@ impl Cpu {
 
     /// #DB after an instruction: single step and data breakpoints (SDM volume 3, 18.3.1).
     fn debug_traps(&mut self, trap_flag: bool) {
-        let hits = std::mem::take(&mut self.pending_debug);
-        if hits == 0 && !trap_flag {
-            return;
+        if let Some(trap) = self.debug_condition(trap_flag) {
+            self.s.dr[7] &= !(1 << 13);
+            self.deliver_event(Event::Fault(trap));
         }
-        self.s.dr[6] = self.s.dr[6] & !0xf | hits | if trap_flag { 1 << 14 } else { 0 };
-        self.s.dr[7] &= !(1 << 13);
-        self.deliver_event(Event::Fault(Fault::plain(vector::DB)));
+    }
+
+    /// The #DB for data breakpoints that were hit, and for a single step if there is one; DR6 says which.
+    pub(crate) fn debug_condition(&mut self, single_step: bool) -> Option<Fault> {
+        let hits = std::mem::take(&mut self.pending_debug);
+        if hits == 0 && !single_step {
+            return None;
+        }
+        self.s.dr[6] = self.s.dr[6] & !0xf | hits | if single_step { 1 << 14 } else { 0 };
+        Some(Fault::plain(vector::DB))
     }
 }

@@ -74,16 +74,15 @@ fn tolerance(case: &Case, native: &Outcome) -> Tolerance {
 }
 
 /// An access across the end of a 4 GiB segment may or may not violate its limit (SDM volume 3, 5.3); without a
-/// violation it meets a page that is not present, or the next access of an ENTER does.
+/// violation its alignment is checked, then it meets a page that is not present, or the next access of an ENTER does.
 fn beyond_4_gib(case: &Case, native: &Outcome, soft: &Outcome) -> bool {
     let near = |address: u64| !(0x1000..0xffff_f000).contains(&address);
     let enters = instruction_at(case, native.rip).is_some_and(|insn| insn.mnemonic() == M::Enter);
     let at_the_edge = near(soft.cr2) || enters && near(soft.gpr[gpr::RSP] & 0xffff_ffff);
     case.mode == CodeMode::Bits32
         && matches!(native.vector, vector::GP | vector::SS)
-        && soft.vector == vector::PF
+        && (soft.vector == vector::PF && at_the_edge || soft.vector == vector::AC)
         && soft.rip == native.rip
-        && at_the_edge
 }
 
 /// Everything that differs between the native and the soft outcome of `case`.

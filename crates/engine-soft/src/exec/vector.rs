@@ -1,6 +1,6 @@
 //! Vector instructions whose memory accesses depend on a mask: gathers and masked moves (SDM volume 2).
 
-use berth_cpu::bits::{gpr, vector};
+use berth_cpu::bits::{gpr, rflags, vector};
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 use super::fpu::require_x87;
@@ -78,13 +78,16 @@ pub fn gather(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     let (seg, base) = (operands::segment(&cpu.s, insn), operands::offset(&cpu.s, insn));
     let address_mask = operands::mask(operands::address_size(insn));
     let indices = cpu.s.ymm[index_number];
+    let mut gathered = false;
     for i in 0..count {
         if is_selected(&cpu.s.ymm[mask], size, i) {
             let index = operands::sign_extend(element(&indices, index_size, i), index_size) as u64;
             let scaled = index.wrapping_mul(u64::from(insn.memory_index_scale()));
             // Elements are not checked for alignment (measured on AMD's Zen 3).
             let mut bytes = [0; 8];
-            cpu.load_bytes(seg, base.wrapping_add(scaled) & address_mask, &mut bytes[..size])?;
+            let loaded = cpu.load_bytes(seg, base.wrapping_add(scaled) & address_mask, &mut bytes[..size]);
+            loaded.map_err(|fault| if gathered { trap_or(cpu, fault) } else { fault })?;
+            gathered = true;
             let value = u64::from_le_bytes(bytes);
             set_element(&mut cpu.s.ymm[to], size, i, value);
         }
@@ -93,6 +96,14 @@ pub fn gather(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     cpu.s.ymm[mask] = [0; YMM_SIZE];
     cpu.s.ymm[to][count * size..].fill(0);
     Ok(Flow::Next)
+}
+
+/// What a gather raises whose element faults after others were gathered: a single step or data breakpoint of those
+/// comes in place of the fault, with RF set, and the instruction goes on after it (SDM volume 2, VPGATHERDD).
+fn trap_or(cpu: &mut Cpu, fault: Fault) -> Fault {
+    let Some(trap) = cpu.debug_condition(cpu.s.rflags_rest & rflags::TF != 0) else { return fault };
+    cpu.s.rflags_rest |= rflags::RF;
+    trap
 }
 
 /// VMASKMOVPS, VMASKMOVPD, VPMASKMOVD and VPMASKMOVQ in both directions. Elements that the mask leaves out are

@@ -63,6 +63,21 @@ fn a_faulting_gather_keeps_what_is_done() {
 }
 
 #[test]
+fn a_single_step_of_a_gather_comes_before_the_fault_of_a_later_element() {
+    let mut m = machine();
+    m.unmap(0x6000);
+    m.cpu.s.rflags_rest |= rflags::TF;
+    m.cpu.s.ymm[1] = dwords([1, 1024, 0, 0, 0, 0, 0, 0]);
+    m.cpu.s.ymm[2] = [0xff; 32];
+    let code = [0xc4, 0xe2, 0x6d, 0x90, 0x04, 0x8b];
+    assert_eq!(m.run(&code), Err(Fault::plain(vector::DB)));
+    assert_eq!(m.cpu.s.ymm[2], dwords([0, -1, -1, -1, -1, -1, -1, -1]));
+    assert_ne!(m.cpu.s.rflags_rest & rflags::RF, 0);
+    // Restarted, it gathers nothing before the fault.
+    assert_eq!(m.run(&code).unwrap_err().vector, vector::PF);
+}
+
+#[test]
 fn gathers_need_avx_and_no_task_switch() {
     let mut m = machine();
     m.cpu.s.cr0 |= cr0::TS;
