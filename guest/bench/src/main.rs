@@ -12,7 +12,8 @@
 //!
 //! Arguments: the path of busybox, then the work to do as `NAME=COUNT`; [`WORK`] says what the counts are.
 //! `ready` does nothing: its lines tell that a user program runs. `--one-cpu` before them keeps everything on one
-//! CPU, as a guest with one vCPU is. `--list` prints the names.
+//! CPU, as a guest with one vCPU is; `--debian=WHERE` names the directory or disk with a Debian root file system for the
+//! work that needs one. `--list` prints the names.
 
 mod calls;
 mod compute;
@@ -21,6 +22,7 @@ mod float;
 mod generated;
 mod memory;
 mod processes;
+mod programs;
 mod system;
 mod text;
 mod threads;
@@ -51,6 +53,8 @@ struct Task<'a> {
     count: u32,
     /// Path of a busybox.
     busybox: &'a str,
+    /// Directory, or block device, with a Debian root file system.
+    debian: Option<&'a str>,
 }
 
 /// Name, what one of its count is, and who does it.
@@ -86,6 +90,14 @@ const WORK: &[Work] = &[
     ("mmap", "1 000 times mmap, touch, munmap of 64 KiB", system::map_and_unmap),
     ("ping-pong", "1 000 round trips of a byte between two processes", processes::ping_pong),
     ("switches", "1 000 switches among 16 processes", processes::switches),
+    (
+        "sqlite",
+        "tables of 40 000 rows filled, changed and searched by sqlite3 (needs --debian)",
+        programs::sqlite,
+    ),
+    ("lua", "objects, tables, strings and sorting in lua5.4 (needs --debian)", programs::lua),
+    ("gcc", "a C program of 2 900 lines compiled by gcc -O2, and run (needs --debian)", programs::gcc),
+    ("python", "objects, tables, JSON, regular expressions in python3 (needs --debian)", programs::python),
     ("fork-exec", "100 times fork and exec of busybox by its shell", processes::fork_exec),
     (
         "jit-generate",
@@ -105,7 +117,7 @@ const WORK: &[Work] = &[
     ("compute-2", "sieve of the primes below 1 000 000 in each of two threads", threads::compute_two),
 ];
 
-const USAGE: &str = "usage: berth-guest-bench [--one-cpu] BUSYBOX NAME=COUNT... | --list";
+const USAGE: &str = "usage: berth-guest-bench [--one-cpu] [--debian=WHERE] BUSYBOX NAME=COUNT... | --list";
 /// Exit status of a child that could not do its work and has said so.
 const SAID_ALREADY: i32 = 77;
 
@@ -128,6 +140,10 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
+    let debian = arguments.first().and_then(|first| first.strip_prefix("--debian="));
+    if debian.is_some() {
+        arguments = &arguments[1..];
+    }
     let Some((busybox, wanted)) = arguments.split_first() else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
@@ -142,7 +158,7 @@ fn main() -> ExitCode {
             );
             return ExitCode::from(2);
         };
-        measure(work, &Task { count, busybox });
+        measure(work, &Task { count, busybox, debian });
     }
     ExitCode::SUCCESS
 }

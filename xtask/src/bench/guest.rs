@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::debian::Debian;
 use crate::cargo;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -28,17 +29,21 @@ pub struct Files {
     pub initrd: PathBuf,
     /// The kernel's release.
     pub kernel_release: String,
+    /// A Debian with real programs; without one a text that says why.
+    pub debian: Result<Debian, String>,
     /// Holds what was made here; deletes it at the end.
     _directory: tempfile::TempDir,
 }
 
 impl Files {
-    /// Builds what is missing.
+    /// Builds what is missing; Debian only if it is wanted.
     ///
     /// # Errors
-    /// A text that names what could not be made.
-    pub fn make() -> Result<Self, String> {
-        let program = build_program(&target_directory()?.join("bench"))?;
+    /// A text that names what could not be made, unless that is Debian.
+    pub fn make(with_debian: bool) -> Result<Self, String> {
+        let target = target_directory()?.join("bench");
+        let program = build_program(&target)?;
+        let debian = if with_debian { Debian::make(&target) } else { Err("it was not asked for".to_owned()) };
         let cache = berth_guest_image::cache_directory().map_err(|e| e.to_string())?;
         let guest = berth_guest_image::default_guest(&cache).map_err(|e| e.to_string())?;
 
@@ -57,6 +62,7 @@ impl Files {
             plain_initrd: guest.initrd,
             initrd,
             kernel_release: guest.kernel_release,
+            debian,
             _directory: directory,
         })
     }
@@ -165,6 +171,7 @@ impl Files {
             plain_initrd: PathBuf::new(),
             initrd: PathBuf::new(),
             kernel_release: String::new(),
+            debian: Err("a test has none".to_owned()),
             _directory: directory,
         }
     }

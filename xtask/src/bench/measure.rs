@@ -8,6 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::debian::Debian;
 use super::guest::Files;
 use super::process::{Interrupt, Line, Process, Times};
 use super::sides::{Emulator, Side};
@@ -19,6 +20,8 @@ const SETTLING: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(10);
 /// What the guest prints when its first user program has run.
 const READY: &str = "bench end ready";
+/// What Debian's login begins with.
+const ISSUE: &str = "Debian GNU/Linux";
 
 /// How a piece of work went.
 #[derive(Clone, Debug, PartialEq)]
@@ -160,6 +163,24 @@ pub fn boot(emulator: &Emulator, files: &Files, interrupt: &Interrupt) -> Result
     }
     let end = process.end()?;
     Ok((ready.ok_or("no user program was started")?, end))
+}
+
+/// Boots Debian from its disk: the times when it shows its login.
+///
+/// # Errors
+/// A text when it does not get there.
+pub fn login(emulator: &Emulator, debian: &Debian, interrupt: &Interrupt) -> Result<Times, String> {
+    let mut process = Process::start(&mut emulator.debian(debian), interrupt)?;
+    loop {
+        match process.line()? {
+            // What getty prints before it asks for a name (agetty(8), issue(5)).
+            Some(line) if line.text.starts_with(ISSUE) && line.text.ends_with("ttyS0") => {
+                return Ok(line.times);
+            }
+            Some(_) => {}
+            None => return Err("Debian ended before it showed its login".to_owned()),
+        }
+    }
 }
 
 /// Boots the default guest as it is to its shell and leaves it alone: resident memory in MB, CPU time in percent

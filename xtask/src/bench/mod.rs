@@ -12,6 +12,7 @@
 //! are the same bytes everywhere. Only the host's clock is used. What was measured is printed even if the user
 //! interrupts, or something fails on the way.
 
+mod debian;
 mod guest;
 mod measure;
 mod process;
@@ -51,7 +52,7 @@ pub struct BenchArguments {
     /// How often everything is measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Only this work: names as in the report, also `boot`, `idle` and `scaling`
+    /// Only this work: names as in the report, also `boot`, `login`, `idle` and `scaling`
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Who does it
@@ -95,7 +96,7 @@ pub fn run(arguments: &BenchArguments) -> Result<(), String> {
         updated(path, "")?;
     }
     let sides = sides(arguments)?;
-    let files = Files::make()?;
+    let files = Files::make(selection.needs_debian())?;
     let rounds = if arguments.quick { 1 } else { arguments.rounds };
     let mut bench = Bench {
         selection,
@@ -105,6 +106,11 @@ pub fn run(arguments: &BenchArguments) -> Result<(), String> {
         report: Report::new(about(&sides, rounds)),
     };
     bench.report.about.push(("guest kernel", bench.files.kernel_release.clone()));
+    if let Err(reason) = &bench.files.debian
+        && bench.selection.needs_debian()
+    {
+        bench.report.about.push(("no Debian", reason.clone()));
+    }
     bench.report.about.push(("load before", load()));
     let complete = bench.rounds(rounds, &sides);
     bench.report.about.push(("load after", load()));
@@ -177,7 +183,9 @@ impl Bench {
         for round in 1..=rounds {
             for side in sides {
                 eprintln!("== round {round} of {rounds}: {}, load {}", side.name(), load());
-                for step in [Self::boot, Self::one_cpu, Self::two_cpus, Self::scaling, Self::idle] {
+                for step in
+                    [Self::boot, Self::login, Self::one_cpu, Self::two_cpus, Self::scaling, Self::idle]
+                {
                     let result = step(self, side);
                     if self.interrupt.requested() {
                         return false;
@@ -207,6 +215,23 @@ impl Bench {
         for (name, counts, value) in values {
             let row =
                 Row { group: Group::Boot, name: name.to_owned(), unit: Unit::Seconds, counts, bound: None };
+            add(&mut self.report, row, side, value);
+        }
+        Ok(())
+    }
+
+    /// Boots Debian from its disk to a login.
+    fn login(&mut self, side: &Side) -> Result<(), String> {
+        let (Side::Guest(emulator), Ok(debian)) = (side, &self.files.debian) else { return Ok(()) };
+        if self.quick || !self.selection.has(works::LOGIN) {
+            return Ok(());
+        }
+        let times = measure::login(emulator, debian, &self.interrupt)?;
+        for (name, value) in
+            [("Debian to its login, CPU time", times.cpu), ("Debian to its login, elapsed", times.wall)]
+        {
+            let (group, name) = (Group::Boot, name.to_owned());
+            let row = Row { group, name, unit: Unit::Seconds, counts: false, bound: None };
             add(&mut self.report, row, side, value);
         }
         Ok(())

@@ -4,11 +4,14 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::debian::Debian;
 use super::guest::{Files, PROGRAM};
 use super::works::Work;
 
 /// RAM of the guests.
 const MEMORY: &str = "256M";
+/// RAM of a guest that boots a distribution.
+const DEBIAN_MEMORY: &str = "512M";
 
 /// Who does the work.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +91,9 @@ impl Side {
                 if cpus == 1 {
                     command.arg("--one-cpu");
                 }
+                if let Ok(debian) = &files.debian {
+                    command.arg(format!("--debian={}", debian.root.display()));
+                }
                 command.arg(&files.busybox).args(orders);
                 command
             }
@@ -99,8 +105,57 @@ impl Side {
 impl Emulator {
     /// A guest that runs `guest/bench` with `orders` and powers off.
     pub fn program(&self, files: &Files, cpus: u32, orders: &str) -> Command {
-        let parameters = format!(" panic=-1 berth.run=\"{PROGRAM} /bin/busybox {orders}\"");
-        self.machine(files, cpus, &files.initrd, &parameters)
+        let debian = files.debian.as_ref().ok();
+        let disk = if debian.is_some() { "--debian=/dev/vda " } else { "" };
+        let parameters = format!(" panic=-1 berth.run=\"{PROGRAM} {disk}/bin/busybox {orders}\"");
+        let mut command = self.machine(files, cpus, &files.initrd, &parameters);
+        if let Some(debian) = debian {
+            let disk = debian.image.disk();
+            match self {
+                Self::Qemu { .. } => command
+                    .arg("-drive")
+                    .arg(format!("file={},format=raw,if=virtio,readonly=on", disk.display())),
+                Self::Berth { .. } => command.arg("--disk").arg(format!("{},ro", disk.display())),
+            };
+        }
+        command
+    }
+
+    /// Debian from its disk, which boots to a login on the console; what it writes is thrown away.
+    pub fn debian(&self, debian: &Debian) -> Command {
+        let image = &debian.image;
+        match self {
+            Self::Qemu { program, .. } => {
+                let mut command = Self::qemu(program, "1", DEBIAN_MEMORY);
+                let disk = format!("file={},format=raw,if=virtio,snapshot=on", image.disk().display());
+                command.args(["-drive", &disk]).arg("-kernel").arg(image.kernel());
+                if let Some(initrd) = image.initrd() {
+                    command.arg("-initrd").arg(initrd);
+                }
+                command.args(["-append", &format!("{} console=ttyS0", image.manifest.cmdline)]);
+                command
+            }
+            Self::Berth { program, engine, .. } => {
+                let mut command = Self::berth(program, engine, "1", DEBIAN_MEMORY);
+                command.env("XDG_DATA_HOME", &debian.data);
+                command.args(["--image", image.name.as_str(), "--no-network", "--ephemeral"]);
+                command
+            }
+        }
+    }
+
+    fn qemu(program: &Path, cpus: &str, memory: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", cpus]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
+        command.args(["-no-reboot", "-m", memory]);
+        command
+    }
+
+    fn berth(program: &Path, engine: &str, cpus: &str, memory: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(["run", "--engine", engine, "--no-reboot", "--memory", memory, "--cpus", cpus]);
+        command
     }
 
     /// The default guest as it is, which boots to its shell.
@@ -112,18 +167,8 @@ impl Emulator {
     fn machine(&self, files: &Files, cpus: u32, initrd: &Path, parameters: &str) -> Command {
         let cpus = cpus.to_string();
         let (mut command, dashes) = match self {
-            Self::Qemu { program, .. } => {
-                let mut command = Command::new(program);
-                command.args(["-M", "pc", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", &cpus]);
-                command.args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"]);
-                command.args(["-no-reboot", "-m", MEMORY]);
-                (command, "-")
-            }
-            Self::Berth { program, engine, .. } => {
-                let mut command = Command::new(program);
-                command.args(["run", "--engine", engine, "--no-reboot", "--memory", MEMORY, "--cpus", &cpus]);
-                (command, "--")
-            }
+            Self::Qemu { program, .. } => (Self::qemu(program, &cpus, MEMORY), "-"),
+            Self::Berth { program, engine, .. } => (Self::berth(program, engine, &cpus, MEMORY), "--"),
         };
         command.arg(format!("{dashes}kernel")).arg(&files.kernel);
         command.arg(format!("{dashes}initrd")).arg(initrd);

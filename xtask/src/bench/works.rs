@@ -11,6 +11,8 @@ pub enum Group {
     Calls,
     /// What the kernel does for programs.
     System,
+    /// A compiler, a Python script.
+    Programs,
     /// Code that is generated and rewritten.
     Generated,
     /// Two threads.
@@ -36,11 +38,12 @@ pub struct Target {
 
 impl Group {
     /// All, in the order of reports.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Integer,
         Self::Vector,
         Self::Calls,
         Self::System,
+        Self::Programs,
         Self::Generated,
         Self::Threads,
         Self::Parallel,
@@ -56,6 +59,7 @@ impl Group {
             Self::Vector => "floating point, SIMD, crypto",
             Self::Calls => "calls, formatting, interpreters",
             Self::System => "system calls, faults, processes",
+            Self::Programs => "real programs",
             Self::Generated => "generated code",
             Self::Threads => "two threads, 1 vCPU",
             Self::Parallel => "threads and processes, 2 vCPUs",
@@ -71,6 +75,7 @@ impl Group {
             Self::Integer => (Some(0.55), Some(3.0)),
             Self::Vector => (Some(0.70), Some(12.0)),
             Self::Calls => (Some(0.40), Some(3.5)),
+            Self::Programs => (Some(0.40), Some(3.0)),
             Self::System => (Some(0.35), Some(2.5)),
             Self::Generated => (Some(0.10), Some(5.0)),
             // CPU time to the first user program: half of TCG's.
@@ -95,6 +100,8 @@ pub const SCALING: &str = "scaling";
 pub const SCALING_WORK: [&str; 2] = ["compute-1", "compute-2"];
 /// Name for everything that [`Group::Boot`] has.
 pub const BOOT: &str = "boot";
+/// Name for the boot of a distribution to its login.
+pub const LOGIN: &str = "login";
 /// Name for everything that [`Group::Idle`] has.
 pub const IDLE: &str = "idle";
 
@@ -116,8 +123,7 @@ const fn work(group: Group, name: &'static str, count: u32, native: u32, tcg: u3
     Work { name, group, count, native, tcg }
 }
 
-/// All work of programs. Real programs, such as a compiler or a Python script, need a guest with a distribution's
-/// root file system; they would be a group of their own.
+/// All work of programs.
 pub const WORK: &[Work] = &[
     work(Group::Integer, "coremark", 6000, 1, 1),
     work(Group::Integer, "sieve", 80, 1, 1),
@@ -139,6 +145,10 @@ pub const WORK: &[Work] = &[
     work(Group::Calls, "virtual-calls", 50, 1, 1),
     work(Group::Calls, "printf", 200, 1, 1),
     work(Group::Calls, "awk", 1000, 1, 4),
+    work(Group::Calls, "sqlite", 5, 1, 1),
+    work(Group::Calls, "lua", 3, 1, 1),
+    work(Group::Programs, "gcc", 1, 1, 1),
+    work(Group::Programs, "python", 8, 1, 1),
     work(Group::System, "syscalls", 1000, 2, 1),
     work(Group::System, "dd", 300, 2, 1),
     work(Group::System, "signals", 50, 2, 1),
@@ -165,6 +175,9 @@ pub const WORK: &[Work] = &[
     work(Group::Scaling, SCALING_WORK[1], 100, 1, 1),
 ];
 
+/// Work with programs that are in a Debian root file system.
+const NEED_DEBIAN: [&str; 4] = ["sqlite", "lua", "gcc", "python"];
+
 /// What is to be measured.
 pub struct Selection(Option<Vec<String>>);
 
@@ -176,7 +189,7 @@ impl Selection {
     pub fn new(names: &[String]) -> Result<Self, String> {
         let mut known: Vec<&str> =
             WORK.iter().filter(|w| w.group != Group::Scaling).map(|w| w.name).collect();
-        known.extend([SCALING, BOOT, IDLE]);
+        known.extend([SCALING, BOOT, LOGIN, IDLE]);
         match names.iter().find(|name| !known.contains(&name.as_str())) {
             Some(name) => {
                 let mut seen = Vec::new();
@@ -195,6 +208,11 @@ impl Selection {
     /// Whether what has this name is measured.
     pub fn has(&self, name: &str) -> bool {
         self.0.as_ref().is_none_or(|names| names.iter().any(|n| n == name))
+    }
+
+    /// Whether something needs a Debian.
+    pub fn needs_debian(&self) -> bool {
+        self.has(LOGIN) || NEED_DEBIAN.iter().any(|name| self.has(name))
     }
 
     /// The work for guests with so many vCPUs, that of [`Group::Scaling`] not included.
