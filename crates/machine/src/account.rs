@@ -2,11 +2,10 @@
 
 use std::fmt::Write;
 
-use berth_cpu::bits::{cr0, cr4, efer, gpr, rflags};
+use berth_cpu::bits::{cr0, efer, gpr, rflags};
 use berth_cpu::{CpuState, Segment};
+use berth_explain::{Paging, translate};
 use berth_memory::{GuestMemory, GuestVirtAddr};
-
-use crate::page_walk::{Paging, translate};
 
 /// Bytes of code that are shown.
 const CODE_LEN: u64 = 16;
@@ -125,13 +124,8 @@ fn code(s: &CpuState, memory: &GuestMemory) -> String {
     } else {
         s.cs.base.wrapping_add(s.rip) & 0xffff_ffff
     };
-    let paging = Paging {
-        enabled: s.cr0 & cr0::PG != 0,
-        long: s.efer & efer::LMA != 0,
-        pae: s.cr4 & cr4::PAE != 0,
-        large: s.cr4 & cr4::PSE != 0,
-        root: s.cr3,
-    };
+    // Most bits that a physical address can have: what is reserved does not matter here.
+    let paging = Paging::of(s, 52);
     let byte = |offset| {
         let at = translate(memory, &paging, GuestVirtAddr(linear.wrapping_add(offset)))?;
         let mut byte = [0];

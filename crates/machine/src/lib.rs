@@ -18,7 +18,6 @@ mod control;
 mod event;
 mod machine;
 pub mod options;
-mod page_walk;
 mod supervisor;
 #[cfg(test)]
 mod tests;
