@@ -1,7 +1,7 @@
 //! The whole way of one address, as data: what `berth explain` shows and its JSON has.
 
 use berth_cpu::CpuState;
-use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr, HostVirtAddr};
+use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr, HostVirtAddr, PageState};
 use serde::{Deserialize, Serialize};
 
 use crate::access::{Access, AccessKind, Fault, Privilege, check, fault};
@@ -9,7 +9,6 @@ use crate::hex::Hex;
 use crate::host::HostPage;
 use crate::linux::{Process, ProcessError, find_process};
 use crate::paging::{Paging, PagingMode};
-use crate::state::PageState;
 use crate::walk::{End, Level, Page, Step, walk};
 use crate::words;
 
@@ -61,11 +60,6 @@ pub struct Subject<'a> {
 pub trait MachineView {
     /// The device whose registers are at `at`.
     fn device_at(&self, at: GuestPhysAddr) -> Option<Device>;
-    /// The state of the page of RAM that holds `at`, if the machine knows better than the host's kernel.
-    fn page_state(&self, at: GuestPhysAddr) -> Option<PageState> {
-        let _ = at;
-        None
-    }
 }
 
 /// A range of guest physical addresses that a device answers.
@@ -155,6 +149,8 @@ pub struct LevelView {
     pub table: Hex,
     /// Which entry.
     pub index: u16,
+    /// How many entries the table has.
+    pub entries: u16,
     /// Guest physical address of the entry.
     pub entry_address: Hex,
     /// The entry.
@@ -198,8 +194,8 @@ pub enum Place {
         start: Hex,
         /// Length of the region in bytes.
         len: u64,
-        /// The state of the page.
-        state: PageState,
+        /// The state of the page; `null` when the host does not say.
+        state: Option<PageState>,
     },
     /// Registers of a device.
     Device(Device),
@@ -321,6 +317,7 @@ fn level_view(step: &Step, paging: &Paging) -> LevelView {
         level: step.level,
         table: Hex(step.table.0),
         index: step.index,
+        entries: step.entries,
         entry_address: Hex(step.at.0),
         entry: Hex(step.value),
         flags: words::entry_words(step, paging),
@@ -347,10 +344,20 @@ fn at_physical(so_far: Explanation, subject: &Subject<'_>, physical: GuestPhysAd
         (None, None) => (Place::Nothing, None),
         (None, Some(region)) => {
             let host = HostView::of(std::process::id(), region.host + (physical - region.start));
-            let by_host = host.page.as_ref().map_or(PageState::Untouched, PageState::of_host_page);
-            let state = subject.machine.page_state(physical).unwrap_or(by_host);
+            let state = page_state(subject.memory, physical);
             (Place::Ram { start: Hex(region.start.0), len: region.len, state }, Some(host))
         }
     };
     Explanation { physical: Some(Hex(physical.0)), place: Some(place), host, ..so_far }
+}
+
+/// The state of the page that holds `at`, if the host says so.
+fn page_state(memory: &GuestMemory, at: GuestPhysAddr) -> Option<PageState> {
+    let mut state = None;
+    let visited = memory.for_each_state(|range| {
+        if range.start <= at && at.0 - range.start.0 < range.len {
+            state = Some(range.state);
+        }
+    });
+    visited.ok().and(state)
 }

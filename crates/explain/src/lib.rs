@@ -7,18 +7,23 @@
 //! ```
 //!
 //! [`explain`] makes an [`Explanation`], which is plain data: JSON as it is, [`text::render`] for a terminal,
-//! [`svg::render`] for a picture. [`map`] does the same for all of guest memory.
+//! [`svg::render`] for a picture. [`memory_map`] does the same for all of guest memory, with [`map_text`] and
+//! [`map_svg`].
 //!
 //! Nothing here depends on which engine runs: all that is used of a vCPU is its [`berth_cpu::CpuState`]. Page tables
 //! and kernel structures are the guest's: whatever is in them, the answer is an explanation or an error.
 
 mod access;
+mod canvas;
 mod explanation;
 mod hex;
 mod host;
 mod linux;
+mod map;
+pub mod map_svg;
+pub mod map_text;
 mod paging;
-mod state;
+pub mod svg;
 #[cfg(test)]
 mod tests;
 pub mod text;
@@ -33,6 +38,6 @@ pub use explanation::{
 pub use hex::{BadNumber, Hex};
 pub use host::{HostPage, Pagemap, PagemapEntry};
 pub use linux::{Process, ProcessError, find_process};
+pub use map::{Counts, MapError, MapRegion, MemoryMap, STATES, memory_map};
 pub use paging::{Paging, PagingMode};
-pub use state::PageState;
 pub use walk::{End, Level, Page, Step, Walk, read_virtual, translate, walk};

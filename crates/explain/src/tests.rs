@@ -2,7 +2,7 @@
 
 use berth_cpu::CpuState;
 use berth_cpu::bits::{cr0, cr4, efer};
-use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr};
+use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr, PageState};
 
 use super::*;
 
@@ -176,7 +176,7 @@ fn the_whole_way_of_an_address_in_ram() {
     );
     assert_eq!(e.levels[3].flags, ["present", "writable", "user"]);
     assert_eq!(e.physical, Some(Hex(0x9321)));
-    assert_eq!(e.place, Some(Place::Ram { start: Hex(0), len: 1 << 20, state: PageState::Resident }));
+    assert_eq!(e.place, Some(Place::Ram { start: Hex(0), len: 1 << 20, state: Some(PageState::Resident) }));
     let host = e.host.clone().unwrap();
     assert_eq!(host.address.0, memory.host_address(GuestPhysAddr(0x9321), 1).unwrap().0);
     assert_eq!(host.pid, std::process::id());

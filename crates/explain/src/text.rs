@@ -5,7 +5,7 @@ use std::fmt::Write;
 use crate::access::{AccessKind, Privilege};
 use crate::explanation::{Explanation, HostView, PageView, Place};
 use crate::hex::Hex;
-use crate::words::size;
+use crate::words::{self, size};
 
 /// Width of the column of names.
 const NAMES: usize = 16;
@@ -89,18 +89,24 @@ fn fault(text: &mut String, e: &Explanation, access: &str) {
 fn physical(text: &mut String, e: &Explanation) {
     let Some(physical) = e.physical else { return };
     let within = e.page.as_ref().filter(|_| !e.levels.is_empty()).map(|page| {
-        format!("offset {:#x} in the page of {} at {}", physical.0 - page.base.0, size(page.size), page.base)
+        format!(
+            "offset {:#x} in the page of {} at {}",
+            physical.0.wrapping_sub(page.base.0),
+            size(page.size),
+            page.base
+        )
     });
     if e.space.is_some() {
         row(text, "guest physical", &physical.to_string(), within.as_deref().unwrap_or(""));
     }
     match &e.place {
         Some(Place::Ram { start, len, state }) => {
-            let note = format!("of {start} to {:#x}; the page is {}", start.0 + (len - 1), state.name());
+            let state = state.map_or("in an unknown state", words::state_word);
+            let note = format!("of {start} to {:#x}; the page is {state}", start.0.saturating_add(len - 1));
             row(text, "  there", "RAM", &note);
         }
         Some(Place::Device(device)) => {
-            let offset = Hex(physical.0 - device.start.0);
+            let offset = Hex(physical.0.wrapping_sub(device.start.0));
             let note = format!("offset {offset} in its {} at {}", size(device.len), device.start);
             row(text, "  there", "device", &format!("{}, {note}", device.name));
         }

@@ -83,6 +83,8 @@ pub struct Step {
     pub table: GuestPhysAddr,
     /// Which entry.
     pub index: u16,
+    /// How many entries the table has.
+    pub entries: u16,
     /// Where the entry is.
     pub at: GuestPhysAddr,
     /// The entry.
@@ -256,6 +258,7 @@ fn read_step(
         table: GuestPhysAddr(table),
         // At most 1023.
         index: index as u16,
+        entries: 1 << layout.index_bits,
         at,
         value,
         is_page: false,
@@ -282,7 +285,8 @@ fn is_page(paging: &Paging, step: &Step) -> bool {
 fn reserved_bits(paging: &Paging, step: &Step) -> u64 {
     if paging.mode == PagingMode::Bits32 {
         // PSE-36: bits 20 to 13 are bits 39 to 32 of the address.
-        let too_high = (0xff << 13) & !((1_u64 << (paging.physical_bits.min(40) - 32)) - 1 << 13);
+        let implemented = (1_u64 << (paging.physical_bits.min(40) - 32)) - 1;
+        let too_high = (0xff << 13) & !(implemented << 13);
         return if step.is_page && step.level == Level::Pd { 1 << 21 | too_high } else { 0 };
     }
     let above = !paging.address_mask() & 0x000f_ffff_ffff_f000;

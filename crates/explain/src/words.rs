@@ -1,5 +1,7 @@
 //! Flags of page-table entries and of machine frames in words.
 
+use berth_memory::PageState;
+
 use crate::paging::{Paging, PagingMode};
 use crate::walk::{Level, Step, entry};
 
@@ -59,6 +61,17 @@ const FRAME_FLAGS: [(u32, &str); 15] = [
 /// What `/proc/kpageflags` says of a frame.
 pub(crate) fn frame_words(flags: u64) -> Vec<String> {
     FRAME_FLAGS.iter().filter(|(bit, _)| flags >> bit & 1 != 0).map(|(_, word)| (*word).to_owned()).collect()
+}
+
+/// A page's state in a word.
+pub(crate) fn state_word(state: PageState) -> &'static str {
+    match state {
+        PageState::Untouched => "untouched",
+        PageState::Resident => "resident",
+        PageState::Shared => "shared",
+        PageState::Stored => "stored",
+        PageState::Released => "released",
+    }
 }
 
 /// `bytes` with the largest binary unit that divides it, such as `2 MiB`.

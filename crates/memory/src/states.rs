@@ -15,13 +15,13 @@
 use std::fs;
 use std::io;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::pagemap::{self, Backing};
 use crate::{GuestMemory, GuestPhysAddr, PAGE_SHIFT, PAGE_SIZE};
 
 /// Where a page of guest memory is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PageState {
     /// The guest has never written it.
