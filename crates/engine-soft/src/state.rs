@@ -1,7 +1,7 @@
 //! The state block of one vCPU: what translated code reaches through the host's GS segment.
 //!
 //! While translated code runs, guest registers are in host registers ([`crate::code::regs`] has the map) and
-//! `gpr` here is stale except for r9, r10 and r11, which always live here. In every Rust function all of `gpr`,
+//! `gpr` here is stale except for r11, r13 and r15, which always live here. In every Rust function all of `gpr`,
 //! `rip`, `flags`, `ymm` and `mxcsr` are exact. x87 state stays in the host's x87 registers: Rust code does not
 //! touch them.
 

@@ -371,8 +371,17 @@ impl Asm {
         self.mov(super::regs::RAX, super::regs::R11);
     }
 
-    /// Loads the host's arithmetic flags from the state block. Keeps every register and memory.
+    /// Loads the host's arithmetic flags from the state block. Clobbers r11.
     pub(crate) fn restore_flags(&mut self) {
+        self.mov(super::regs::R11, super::regs::RAX);
+        self.mem(&[], false, &[0x0f, 0xb7], super::regs::RAX, Mem::Gs(gs!(flags)));
+        self.bytes(&[0x04, 0x7f]); // add al, 0x7f: overflows exactly if al was 1
+        self.bytes(&[0x9e]); // sahf
+        self.mov(super::regs::RAX, super::regs::R11);
+    }
+
+    /// The same without clobbering a register.
+    pub(crate) fn restore_flags_only(&mut self) {
         self.store(Mem::Gs(gs!(scratch) + 8), super::regs::RAX);
         self.mem(&[], false, &[0x0f, 0xb7], super::regs::RAX, Mem::Gs(gs!(flags)));
         self.bytes(&[0x04, 0x7f]); // add al, 0x7f: overflows exactly if al was 1
@@ -405,15 +414,15 @@ mod tests {
 
     #[test]
     fn memory_operands_in_every_shape() {
-        assert_eq!(text(|a| a.load(R10, Mem::Gs(0x40))), "mov %gs:0x40,%r10");
+        assert_eq!(text(|a| a.load(ADDR, Mem::Gs(0x40))), "mov %gs:0x40,%r15");
         assert_eq!(text(|a| a.load(R11, Mem::GsBase(R11, 0x1234))), "mov %gs:0x1234(%r11),%r11");
-        assert_eq!(text(|a| a.lea(true, R10, Mem::base(GUEST_RSP, -8))), "lea -8(%r9),%r10");
-        assert_eq!(text(|a| a.lea(true, R10, Mem::base(R12, 0))), "lea (%r12),%r10");
-        assert_eq!(text(|a| a.lea(true, R10, Mem::base(RBP, 0))), "lea (%rbp),%r10");
-        let all = Mem::Any { base: Some(13), index: Some((R15, 8)), disp: 0x1000 };
-        assert_eq!(text(|a| a.lea(true, R10, all)), "lea 0x1000(%r13,%r15,8),%r10");
+        assert_eq!(text(|a| a.lea(true, ADDR, Mem::base(GUEST_RSP, -8))), "lea -8(%r13),%r15");
+        assert_eq!(text(|a| a.lea(true, ADDR, Mem::base(R12, 0))), "lea (%r12),%r15");
+        assert_eq!(text(|a| a.lea(true, ADDR, Mem::base(RBP, 0))), "lea (%rbp),%r15");
+        let all = Mem::Any { base: Some(13), index: Some((ADDR, 8)), disp: 0x1000 };
+        assert_eq!(text(|a| a.lea(true, ADDR, all)), "lea 0x1000(%r13,%r15,8),%r15");
         let no_base = Mem::Any { base: None, index: Some((RAX, 4)), disp: -1 };
-        assert_eq!(text(|a| a.lea(true, R10, no_base)), "lea -1(,%rax,4),%r10");
+        assert_eq!(text(|a| a.lea(true, ADDR, no_base)), "lea -1(,%rax,4),%r15");
     }
 
     #[test]

@@ -220,7 +220,8 @@ impl CodeCache {
         }
         let start = inner.next.next_multiple_of(16);
         let len = asm.pos();
-        if start as usize + len as usize > self.memory.size() {
+        // The return address of a stub at the end of the block must be inside the cache too.
+        if start as usize + len as usize >= self.memory.size() {
             return Err(Full);
         }
         for &(at, target) in &asm.calls {

@@ -20,13 +20,13 @@ pub(crate) struct Stubs {
     pub enter: u64,
     /// Exit with [`reason::LOOKUP`]; RIP is set, flags are in the state block.
     pub exit_lookup: u64,
-    /// The same with RIP in r10.
+    /// The same with RIP in r15.
     pub exit_lookup_r10: u64,
-    /// Jump: looks for r10 in the second place of the jump cache, else as `exit_lookup_r10`.
+    /// Jump: looks for r15 in the second place of the jump cache, else as `exit_lookup_r10`.
     pub second_lookup: u64,
-    /// Where a return on the empty call stack leads; r10 is the guest's target.
+    /// Where a return on the empty call stack leads; r15 is the guest's target.
     pub empty_return: u64,
-    /// Jump from a continuation that r10 does not lead to: empties the call stack and looks r10 up.
+    /// Jump from a continuation that r15 does not lead to: empties the call stack and looks r15 up.
     pub other_return: u64,
     /// Call: exit with [`reason::LINK`]; the guest's flags are in the state block.
     pub link_memory: u64,
@@ -38,17 +38,17 @@ pub(crate) struct Stubs {
     pub tomb_host: u64,
     /// Exit with [`reason::SIGNAL`]; where the signal handler goes on.
     pub exit_signal: u64,
-    /// Call: executes the instruction whose [`Helped`] r10 points to.
+    /// Call: executes the instruction whose [`Helped`] r15 points to.
     pub exec: u64,
-    /// Call: resolves an access to linear (or segment-relative) r10 described by r11 ([`Descriptor`]). RIP is
-    /// set. Returns the host address in r10; after [`Place::Special`] for a store it skips the five bytes after
+    /// Call: resolves an access to linear (or segment-relative) r15 described by r11 ([`Descriptor`]). RIP is
+    /// set. Returns the host address in r15; after [`Place::Special`] for a store it skips the five bytes after
     /// the call.
     pub slow: u64,
-    /// Call, one for each [`TlbTable`]: r10 becomes a host address by the TLB's entry, which also goes to the slot;
-    /// r11 is a [`RefillArgument`]. Without such an entry r10 stays, and the five bytes after the call are skipped.
+    /// Call, one for each [`TlbTable`]: r15 becomes a host address by the TLB's entry, which also goes to the slot;
+    /// r11 is a [`RefillArgument`]. Without such an entry r15 stays, and the five bytes after the call are skipped.
     /// Destroys the flags.
     pub refill: [u64; TLB_TABLES],
-    /// Call: finishes a special store; r10 is the RIP of the next instruction, or [`FINISH_ONLY`].
+    /// Call: finishes a special store; r15 is the RIP of the next instruction, or [`FINISH_ONLY`].
     pub finish: u64,
 }
 
@@ -124,18 +124,18 @@ pub(crate) fn jump_cache_offset(field: usize) -> i32 {
     gs!(jump_cache) + field as i32
 }
 
-/// Jumps to r10 by the first of the two entries that may have it, else goes on after this code.
+/// Jumps to r15 by the first of the two entries that may have it, else goes on after this code.
 fn emit_first_lookup(a: &mut Asm) {
     let (absent, restore) = (a.label(), a.label());
-    a.mov(R11, R10);
+    a.mov(R11, ADDR);
     a.shr(true, R11, 12);
-    a.reg(false, &[0x33], R11, R10); // xor
+    a.reg(false, &[0x33], R11, ADDR); // xor
     a.alu_imm(false, 4, R11, (JUMP_CACHE_ENTRIES - 1) as i32);
     a.shl(false, R11, size_of::<JumpCacheEntry>().trailing_zeros() as u8);
-    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
     a.jcc(cc::NE, absent);
-    a.load(R10, Mem::Gs(gs!(jump_key)));
-    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(KEY)));
+    a.load(ADDR, Mem::Gs(gs!(jump_key)));
+    a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(KEY)));
     a.jcc(cc::NE, restore);
     // The poll, as a test, because RIP is not known when this is assembled.
     a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
@@ -143,23 +143,23 @@ fn emit_first_lookup(a: &mut Asm) {
     a.jcc(cc::E, restore);
     a.mem(&[], false, &[0xff], 4, Mem::GsBase(R11, jump_cache_offset(ENTRY)));
     a.bind(restore);
-    a.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.load(ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
     a.bind(absent);
 }
 
-/// Jumps to r10 by the second of the two entries that may have it; leaves to the run loop if it has not.
+/// Jumps to r15 by the second of the two entries that may have it; leaves to the run loop if it has not.
 fn emit_second_lookup(a: &mut Asm, absent_r10: Label) {
     let other_key = a.label();
-    a.mov(R11, R10);
+    a.mov(R11, ADDR);
     a.shr(true, R11, 12);
-    a.reg(false, &[0x33], R11, R10); // xor
+    a.reg(false, &[0x33], R11, ADDR); // xor
     a.alu_imm(false, 6, R11, 1);
     a.alu_imm(false, 4, R11, (JUMP_CACHE_ENTRIES - 1) as i32);
     a.shl(false, R11, size_of::<JumpCacheEntry>().trailing_zeros() as u8);
-    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
     a.jcc(cc::NE, absent_r10);
-    a.load(R10, Mem::Gs(gs!(jump_key)));
-    a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(KEY)));
+    a.load(ADDR, Mem::Gs(gs!(jump_key)));
+    a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(KEY)));
     a.jcc(cc::NE, other_key);
     // The poll, as at every indirect jump.
     a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
@@ -167,7 +167,7 @@ fn emit_second_lookup(a: &mut Asm, absent_r10: Label) {
     a.jcc(cc::E, other_key);
     a.mem(&[], false, &[0xff], 4, Mem::GsBase(R11, jump_cache_offset(ENTRY)));
     a.bind(other_key);
-    a.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+    a.load(ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
     a.jmp(absent_r10);
 }
 
@@ -190,7 +190,7 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     a.mov32(RAX, R11);
     a.alu_imm(false, 4, RAX, (1 << RefillArgument::SIZE_SHIFT) - 1);
     a.shr(false, R11, RefillArgument::SIZE_SHIFT);
-    a.mov32(RCX, R10);
+    a.mov32(RCX, ADDR);
     a.shr(false, RCX, 8);
     a.alu_imm(false, 4, RCX, ((TLB_ENTRIES - 1) << 4) as i32);
     // Many misses: Rust code decides what to do about it.
@@ -198,7 +198,7 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     a.shr(false, RDX, 3);
     a.mem(&[0x66], false, &[0xff], 0, Mem::GsBase(RDX, misses)); // inc word
     a.jcc(cc::S, absent);
-    a.mov(RDX, R10);
+    a.mov(RDX, ADDR);
     a.mem(&[], true, &[0x2b], RDX, Mem::GsBase(RCX, tag));
     a.alu_imm(true, 7, RDX, 4095);
     a.jcc(cc::A, absent);
@@ -207,12 +207,12 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     a.jcc(cc::A, absent);
     a.load(R11, Mem::GsBase(RCX, tag));
     a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, tag) as i32), R11);
-    a.load(R10, Mem::GsBase(RCX, host));
-    a.reg(true, &[0x2b], R10, R11);
-    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, delta) as i32), R10);
-    // r10: delta + tag + offset in the page.
-    a.reg(true, &[0x03], R10, R11);
-    a.reg(true, &[0x03], R10, RDX);
+    a.load(ADDR, Mem::GsBase(RCX, host));
+    a.reg(true, &[0x2b], ADDR, R11);
+    a.store(Mem::GsBase(RAX, slot + std::mem::offset_of!(Slot, delta) as i32), ADDR);
+    // r15: delta + tag + offset in the page.
+    a.reg(true, &[0x03], ADDR, R11);
+    a.reg(true, &[0x03], ADDR, RDX);
     a.shr(false, RCX, size_of::<TlbEntry>().trailing_zeros() as u8);
     a.mem(&[], false, &[0xc6], 0, Mem::GsBase(RCX, pages)); // mov byte, 1
     a.bytes(&[1]);
@@ -243,10 +243,10 @@ const HOMES: [(usize, HostReg); 13] = [
     (guest::RSI, RSI),
     (guest::RDI, RDI),
     (guest::R8, R8),
+    (guest::R9, R9),
+    (guest::R10, R10),
     (guest::R12, R12),
-    (guest::R13, 13),
-    (guest::R14, 14),
-    (guest::R15, R15),
+    (guest::R14, R14),
 ];
 
 fn save_registers(a: &mut Asm) {
@@ -290,7 +290,7 @@ fn load_vectors(a: &mut Asm, avx: bool) {
     a.mem(&[], false, &[0x0f, 0xae], 2, Mem::Gs(gs!(mxcsr)));
 }
 
-const CALLEE_SAVED: [HostReg; 6] = [RBP, RBX, R12, 13, 14, R15];
+const CALLEE_SAVED: [HostReg; 6] = [RBP, RBX, R12, 13, R14, 15];
 
 fn push(a: &mut Asm, reg: HostReg) {
     if reg >= 8 {
@@ -349,7 +349,7 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     emit_second_lookup(a, lookup_r10);
     a.bind(lookup_r10);
     stubs.exit_lookup_r10 = at(a);
-    a.store(Mem::Gs(gs!(rip)), R10);
+    a.store(Mem::Gs(gs!(rip)), ADDR);
     stubs.exit_lookup = at(a);
     exit(a, reason::LOOKUP);
     stubs.link_host = at(a);
@@ -389,7 +389,7 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     save_registers(a);
     save_vectors(a, avx);
     a.load(RDI, Mem::Gs(gs!(cpu)));
-    a.mov(RSI, R10);
+    a.mov(RSI, ADDR);
     call_rust(a, exec_helper as *const () as u64);
     a.reg(false, &[0x85], RAX, RAX);
     a.jcc(cc::NE, leave);
@@ -402,7 +402,7 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     save_registers(a);
     save_vectors(a, avx);
     a.load(RDI, Mem::Gs(gs!(cpu)));
-    a.mov(RSI, R10);
+    a.mov(RSI, ADDR);
     call_rust(a, finish_helper as *const () as u64);
     a.reg(false, &[0x85], RAX, RAX);
     a.jcc(cc::NE, leave);
@@ -421,10 +421,10 @@ pub(crate) fn emit(a: &mut Asm, base: u64) -> Stubs {
     save_registers(a);
     save_vectors(a, avx);
     a.load(RDI, Mem::Gs(gs!(cpu)));
-    a.mov(RSI, R10);
+    a.mov(RSI, ADDR);
     a.mov32(RDX, R11);
     call_rust(a, slow_helper as *const () as u64);
-    a.mov(R10, RAX);
+    a.mov(ADDR, RAX);
     a.alu_imm(false, 7, RDX, 1);
     a.jcc(cc::A, leave);
     let direct = a.label();

@@ -5,7 +5,7 @@ use iced_x86::{FlowControl, Instruction, Register};
 
 use super::emit::Emitter;
 use crate::code::asm::{Label, Mem, cc, gpr_offset, gs, state_offset};
-use crate::code::regs::{Home, HostReg, R10, R11, home};
+use crate::code::regs::{ADDR, Home, HostReg, R11, home};
 use crate::code::stubs::{Descriptor, FINISH_ONLY, RefillArgument, slot_offset, tlb_table_offset};
 use crate::memory::slots::Slot;
 use crate::memory::slow::Kind;
@@ -50,11 +50,11 @@ impl Emitter<'_> {
         }
     }
 
-    /// Computes the effective address of the memory operand into r10. May clobber r11; keeps flags.
+    /// Computes the effective address of the memory operand into r15. May clobber r11; keeps flags.
     pub(super) fn effective_address(&mut self, insn: &Instruction) {
         let (base, index) = (insn.memory_base(), insn.memory_index());
         if matches!(base, Register::RIP | Register::EIP) {
-            self.asm.mov_imm(R10, insn.ip_rel_memory_address());
+            self.asm.mov_imm(ADDR, insn.ip_rel_memory_address());
             return;
         }
         let mode = self.key.mode;
@@ -70,29 +70,36 @@ impl Emitter<'_> {
                 4 if !mode.is_64bit() => displacement & 0xffff_ffff,
                 _ => displacement,
             };
-            self.asm.mov_imm(R10, value);
+            self.asm.mov_imm(ADDR, value);
             return;
         };
-        let base = (base != Register::None).then(|| self.register(base, R10));
-        let scale = insn.memory_index_scale() as u8;
-        let index = (index != Register::None).then(|| (self.register(index, R11), scale));
-        let mem = Mem::Any { base, index, disp: displacement as i32 };
-        self.asm.lea(width == 8, R10, mem);
+        let mem = self.plain_address(insn);
+        self.asm.lea(width == 8, ADDR, mem);
         if width == 2 {
-            self.asm.reg(false, &[0x0f, 0xb7], R10, R10); // movzx r10d, r10w
+            self.asm.reg(false, &[0x0f, 0xb7], ADDR, ADDR); // movzx r15d, r15w
         }
     }
 
-    /// Adds the base of FS or GS in 64-bit mode to r10. Keeps flags.
+    /// The memory operand of `insn`, which has a base or an index and is not relative to RIP, in host registers. Loads
+    /// what lives in the state block into r15 and r11.
+    pub(super) fn plain_address(&mut self, insn: &Instruction) -> Mem {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let base = (base != Register::None).then(|| self.register(base, ADDR));
+        let scale = insn.memory_index_scale() as u8;
+        let index = (index != Register::None).then(|| (self.register(index, R11), scale));
+        Mem::Any { base, index, disp: insn.memory_displacement64() as i32 }
+    }
+
+    /// Adds the base of FS or GS in 64-bit mode to r15. Keeps flags.
     pub(super) fn add_segment_base(&mut self, seg: Seg) {
         if self.key.mode.is_64bit() && matches!(seg, Seg::Fs | Seg::Gs) {
             self.asm.load(R11, Mem::Gs(segment_base_offset(seg)));
-            self.asm.lea(true, R10, Mem::Any { base: Some(R10), index: Some((R11, 1)), disp: 0 });
+            self.asm.lea(true, ADDR, Mem::Any { base: Some(ADDR), index: Some((R11, 1)), disp: 0 });
         }
     }
 
-    /// Turns the guest address in r10 into a host address in r10, and calls `body`, which assembles the
-    /// instruction itself on `[r10]` together with whatever it commits. For stores `body` is called twice: the
+    /// Turns the guest address in r15 into a host address in r15, and calls `body`, which assembles the
+    /// instruction itself on `[r15]` together with whatever it commits. For stores `body` is called twice: the
     /// second copy is for what the slow path has to finish. Flags must be in memory; the host's are destroyed.
     ///
     /// `restores`: `body` leaves the flags of the guest in the host's flags.
@@ -181,15 +188,15 @@ impl Emitter<'_> {
         Some(self.vm.slot_numbers.next(table, insn.ip(), stack))
     }
 
-    /// r10 becomes the host address if the slot has the page; to `miss` with r10 as it is if not. Clobbers r11.
+    /// r15 becomes the host address if the slot has the page; to `miss` with r15 as it is if not. Clobbers r11.
     fn check_slot(&mut self, table: TlbTable, number: usize, size: usize, miss: Label) {
         let slot = slot_offset(table, number);
         let a = &mut *self.asm;
-        a.mov(R11, R10);
+        a.mov(R11, ADDR);
         a.mem(&[], true, &[0x2b], R11, Mem::Gs(slot + std::mem::offset_of!(Slot, tag) as i32));
         a.alu_imm(true, 7, R11, 4096 - size as i32 + 1);
         a.jcc(cc::AE, miss);
-        a.mem(&[], true, &[0x03], R10, Mem::Gs(slot + std::mem::offset_of!(Slot, delta) as i32));
+        a.mem(&[], true, &[0x03], ADDR, Mem::Gs(slot + std::mem::offset_of!(Slot, delta) as i32));
     }
 
     /// The same by a search of the TLB.
@@ -199,18 +206,18 @@ impl Emitter<'_> {
         let host = table + std::mem::offset_of!(TlbEntry, host) as i32;
         let restore = self.asm.label();
         let a = &mut *self.asm;
-        // r11 = index of the page * 16; r10 = address - tag.
-        a.mov32(R11, R10);
+        // r11 = index of the page * 16; r15 = address - tag.
+        a.mov32(R11, ADDR);
         a.shr(false, R11, 8);
         a.alu_imm(false, 4, R11, ((TLB_ENTRIES - 1) << 4) as i32);
-        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
-        a.alu_imm(true, 7, R10, 4096 - size as i32 + 1);
+        a.mem(&[], true, &[0x2b], ADDR, Mem::GsBase(R11, tag));
+        a.alu_imm(true, 7, ADDR, 4096 - size as i32 + 1);
         a.jcc(cc::AE, restore);
-        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, host));
+        a.mem(&[], true, &[0x03], ADDR, Mem::GsBase(R11, host));
         let was_cold = a.is_cold();
         a.set_cold(true);
         a.bind(restore);
-        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, tag));
+        a.mem(&[], true, &[0x03], ADDR, Mem::GsBase(R11, tag));
         a.jmp(miss);
         a.set_cold(was_cold);
     }
@@ -228,7 +235,7 @@ impl Emitter<'_> {
         }
         // A call jumps after its store, wherever the store went.
         let call = matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall);
-        self.asm.mov_imm(R10, if call { FINISH_ONLY } else { self.next_rip(insn) });
+        self.asm.mov_imm(ADDR, if call { FINISH_ONLY } else { self.next_rip(insn) });
         self.asm.call_abs(self.stubs.finish);
         if host_flags {
             self.asm.restore_flags();

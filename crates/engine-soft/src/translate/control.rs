@@ -12,7 +12,7 @@ use super::emit::Emitter;
 use super::fetch::{MAX_INSTRUCTION_LEN, jump_cache_index};
 use crate::code::asm::{Mem, cc, gs};
 use crate::code::block::Link;
-use crate::code::regs::{R10, R11, RCX};
+use crate::code::regs::{ADDR, R11, RCX};
 use crate::code::stubs::{ENTRY, KEY, VA, jump_cache_offset};
 use crate::memory::slow::Kind;
 use crate::state::{JUMP_CACHE_ENTRIES, JumpCacheEntry};
@@ -23,6 +23,11 @@ impl Emitter<'_> {
         if from.is_some_and(|from| rip <= from) && self.chained {
             self.poll(rip);
         }
+        self.leave_to(rip);
+    }
+
+    /// The same without a poll.
+    fn leave_to(&mut self, rip: u64) {
         if !self.chained {
             self.flags.to_memory(self.asm);
             self.asm.store_imm(gs!(rip), rip, R11);
@@ -79,9 +84,9 @@ impl Emitter<'_> {
         let at = jump_cache_index(rip) * size_of::<JumpCacheEntry>();
         let miss = self.asm.label();
         let a = &mut *self.asm;
-        a.mov_imm(R10, rip);
+        a.mov_imm(ADDR, rip);
         a.load(R11, Mem::Gs(gs!(jump_key)));
-        a.mem(&[], true, &[0x3b], R10, Mem::Gs(jump_cache_offset(at + VA)));
+        a.mem(&[], true, &[0x3b], ADDR, Mem::Gs(jump_cache_offset(at + VA)));
         a.jcc(cc::NE, miss);
         a.mem(&[], true, &[0x3b], R11, Mem::Gs(jump_cache_offset(at + KEY)));
         a.jcc(cc::NE, miss);
@@ -97,7 +102,7 @@ impl Emitter<'_> {
         self.asm.set_cold(was_cold);
     }
 
-    /// Leaves the block for the guest address in r10. Flags are in memory.
+    /// Leaves the block for the guest address in r15. Flags are in memory.
     /// `from` is the branch itself.
     pub(super) fn exit_to_r10(&mut self, from: &Instruction) {
         debug_assert!(self.flags.in_memory());
@@ -108,15 +113,15 @@ impl Emitter<'_> {
         }
         let (miss, restore, leave) = (self.asm.label(), self.asm.label(), self.asm.label());
         let a = &mut *self.asm;
-        a.mov(R11, R10);
+        a.mov(R11, ADDR);
         a.shr(true, R11, 12);
-        a.reg(false, &[0x33], R11, R10);
+        a.reg(false, &[0x33], R11, ADDR);
         a.alu_imm(false, 4, R11, (JUMP_CACHE_ENTRIES - 1) as i32);
         a.shl(false, R11, size_of::<JumpCacheEntry>().trailing_zeros() as u8);
-        a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+        a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
         a.jcc(cc::NE, miss);
-        a.load(R10, Mem::Gs(gs!(jump_key)));
-        a.mem(&[], true, &[0x3b], R10, Mem::GsBase(R11, jump_cache_offset(KEY)));
+        a.load(ADDR, Mem::Gs(gs!(jump_key)));
+        a.mem(&[], true, &[0x3b], ADDR, Mem::GsBase(R11, jump_cache_offset(KEY)));
         a.jcc(cc::NE, restore);
         // The poll, as a test, because RIP is not known when this is assembled.
         a.mem(&[], true, &[0x83], 7, Mem::Gs(0)); // cmp qword gs:[poll], 0
@@ -126,12 +131,12 @@ impl Emitter<'_> {
         let was_cold = self.asm.is_cold();
         self.asm.set_cold(true);
         self.asm.bind(restore);
-        self.asm.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+        self.asm.load(ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
         self.asm.bind(miss);
         self.asm.store_imm(gs!(branch), from.ip(), R11);
         self.asm.jmp_abs(self.stubs.second_lookup);
         self.asm.bind(leave);
-        self.asm.load(R10, Mem::GsBase(R11, jump_cache_offset(VA)));
+        self.asm.load(ADDR, Mem::GsBase(R11, jump_cache_offset(VA)));
         self.asm.store_imm(gs!(branch), from.ip(), R11);
         self.asm.jmp_abs(self.stubs.exit_lookup_r10);
         self.asm.set_cold(was_cold);
@@ -150,9 +155,13 @@ impl Emitter<'_> {
         let taken = self.asm.label();
         let target = insn.near_branch_target();
         let same_page = self.is_linkable(target);
-        let forward = target > insn.ip();
+        if self.chained && target <= insn.ip() {
+            // Before the jump and not where it leads, so that a loop is one jump. Whoever leaves here comes back to the
+            // jump itself.
+            self.poll(insn.ip());
+        }
         let flags = self.flags;
-        if self.chained && same_page && forward {
+        if self.chained && same_page {
             self.asm.align(4, 2);
             self.asm.bytes(&[0x0f, 0x80 | condition]);
             self.link(target);
@@ -160,7 +169,7 @@ impl Emitter<'_> {
             self.asm.jcc(condition, taken);
             self.asm.set_cold(true);
             self.asm.bind(taken);
-            self.exit_to(target, Some(insn.ip()));
+            self.leave_to(target);
             self.asm.set_cold(false);
         }
         self.flags = flags;
@@ -224,13 +233,13 @@ impl Emitter<'_> {
         self.asm.set_cold(false);
     }
 
-    /// Brings the target of an indirect jump or call into r10.
+    /// Brings the target of an indirect jump or call into r15.
     pub(super) fn indirect_target(&mut self, insn: &Instruction) {
         self.flags.to_memory(self.asm);
         if insn.op0_kind() == OpKind::Register {
-            let reg = self.register(insn.op0_register(), R10);
-            if reg != R10 {
-                self.asm.mov(R10, reg);
+            let reg = self.register(insn.op0_register(), ADDR);
+            if reg != ADDR {
+                self.asm.mov(ADDR, reg);
             }
             return;
         }
@@ -240,7 +249,7 @@ impl Emitter<'_> {
         let access = Access { kind: Kind::Read, size: 8, seg, aligned: false };
         self.access(insn, access, false, |e| {
             e.site(insn, false);
-            e.asm.load(R10, Mem::base(R10, 0));
+            e.asm.load(ADDR, Mem::base(ADDR, 0));
         });
     }
 

@@ -10,7 +10,7 @@ use super::class::has_memory;
 use super::emit::Emitter;
 use super::flags::Effect;
 use crate::code::asm::{Mem, gpr_offset, gs};
-use crate::code::regs::{GUEST_RSP, Home, HostReg, R10, R11, home};
+use crate::code::regs::{ADDR, GUEST_RSP, Home, HostReg, R11, home};
 use crate::memory::slow::Kind;
 
 /// A guest register (or one of AH to BH) that is in a scratch register while the instruction executes.
@@ -49,7 +49,7 @@ impl Emitter<'_> {
             if effect.needs_host() {
                 self.flags.to_host(self.asm);
             }
-            let plan = self.plan(insn, &[R10, R11], effect, false);
+            let plan = self.plan(insn, &[ADDR, R11], effect, false);
             self.native(insn, &plan);
             self.flags.after(effect);
             return;
@@ -101,7 +101,7 @@ impl Emitter<'_> {
         }
     }
 
-    /// Decides which registers to borrow. `free`: scratch registers for values. r10 is the address if there is
+    /// Decides which registers to borrow. `free`: scratch registers for values. r15 is the address if there is
     /// a memory operand, and can still take a result.
     fn plan(&mut self, insn: &Instruction, free: &[HostReg], effect: Effect, restore: bool) -> Plan {
         let options = InstructionInfoOptions::NO_MEMORY_USAGE | InstructionInfoOptions::NO_REGISTER_USAGE;
@@ -150,7 +150,7 @@ impl Emitter<'_> {
                 };
                 let choice = if pure_write {
                     // A result may share the register of a source, which is read before.
-                    [R11, R10].into_iter().find(|&r| !taken(r, true))
+                    [R11, ADDR].into_iter().find(|&r| !taken(r, true))
                 } else {
                     free.iter().copied().find(|&r| !taken(r, false))
                 };
@@ -168,7 +168,7 @@ impl Emitter<'_> {
                     }
                 }
                 OpKind::Memory => {
-                    out.set_memory_base(Register::R10);
+                    out.set_memory_base(Register::R15);
                     out.set_memory_index(Register::None);
                     out.set_memory_index_scale(1);
                     out.set_memory_displacement64(0);
@@ -262,22 +262,34 @@ impl Emitter<'_> {
 
     /// LEA: address arithmetic without an access.
     pub(super) fn lea(&mut self, insn: &Instruction) {
+        let (base, index) = (insn.memory_base(), insn.memory_index());
+        let wide = |r: Register| r == Register::None || r.is_gpr64();
+        if let Home::Host(to) = home(number_of(insn.op0_register()))
+            && (base != Register::None || index != Register::None)
+            && wide(base)
+            && wide(index)
+        {
+            let mem = self.plain_address(insn);
+            let size = insn.op0_register().size();
+            let prefix: &[u8] = if size == 2 { &[0x66] } else { &[] };
+            return self.asm.mem(prefix, size == 8, &[0x8d], to, mem);
+        }
         self.effective_address(insn);
         let size = insn.op0_register().size();
         match home(number_of(insn.op0_register())) {
             Home::Host(reg) => match size {
-                8 => self.asm.mov(reg, R10),
-                4 => self.asm.mov32(reg, R10),
+                8 => self.asm.mov(reg, ADDR),
+                4 => self.asm.mov32(reg, ADDR),
                 _ => {
                     self.asm.bytes(&[0x66]);
-                    self.asm.reg(false, &[0x8b], reg, R10);
+                    self.asm.reg(false, &[0x8b], reg, ADDR);
                 }
             },
             Home::State(n) => {
                 if size == 4 {
-                    self.asm.mov32(R10, R10);
+                    self.asm.mov32(ADDR, ADDR);
                 }
-                self.asm.store_sized(Mem::Gs(gpr_offset(n)), R10, if size == 4 { 8 } else { size });
+                self.asm.store_sized(Mem::Gs(gpr_offset(n)), ADDR, if size == 4 { 8 } else { size });
             }
         }
     }
@@ -304,16 +316,16 @@ impl Emitter<'_> {
             || insn.memory_index().size() == 4
             || no_register && insn.memory_displ_size() == 4;
         let wide = self.key.mode.is_64bit() && !narrow;
-        let mem = Mem::Any { base: Some(R10), index: Some((R11, size as u8)), disp: 0 };
-        self.asm.lea(wide, R10, mem);
+        let mem = Mem::Any { base: Some(ADDR), index: Some((R11, size as u8)), disp: 0 };
+        self.asm.lea(wide, ADDR, mem);
         if insn.memory_base().size() == 2 || insn.memory_index().size() == 2 {
-            self.asm.reg(false, &[0x0f, 0xb7], R10, R10);
+            self.asm.reg(false, &[0x0f, 0xb7], ADDR, ADDR);
         }
         let seg = seg_of(insn.memory_segment());
         self.add_segment_base(seg);
 
         let mut out = *insn;
-        out.set_memory_base(Register::R10);
+        out.set_memory_base(Register::R15);
         out.set_memory_index(Register::None);
         out.set_memory_index_scale(1);
         out.set_memory_displacement64(0);
@@ -329,7 +341,7 @@ impl Emitter<'_> {
             }
             e.asm.alu_imm(false, 4, R11, (size * 8 - 1) as i32);
             // Only CF changes.
-            e.asm.restore_flags();
+            e.asm.restore_flags_only();
             e.site(&insn, false);
             e.encode(&out);
         });

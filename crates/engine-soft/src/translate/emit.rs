@@ -10,7 +10,7 @@ use super::flags::Flags;
 use crate::code::asm::{Asm, gs};
 use crate::code::block::{Draft, Helped, Link, Site, SiteKind};
 use crate::code::cache::Key;
-use crate::code::regs::{R10, R11};
+use crate::code::regs::{ADDR, R11};
 use crate::code::stubs::Stubs;
 use crate::fault::Fault;
 use crate::state::Seg;
@@ -160,7 +160,7 @@ impl<'a> Emitter<'a> {
     pub(super) fn helper(&mut self, insn: &Instruction, unavailable: Option<Fault>) {
         self.flags.to_memory(self.asm);
         let boxed = Box::new(Helped { insn: *insn, unavailable });
-        self.asm.mov_imm(R10, &raw const *boxed as u64);
+        self.asm.mov_imm(ADDR, &raw const *boxed as u64);
         self.instructions.push(boxed);
         self.asm.call_abs(self.stubs.exec);
         self.flags = Flags::MEMORY;

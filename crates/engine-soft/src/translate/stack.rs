@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 use super::access::{Access, seg_of};
 use super::emit::Emitter;
 use crate::code::asm::{Mem, cc, gpr_offset, gs};
-use crate::code::regs::{GUEST_RSP, Home, R10, R11, RBP, RSP, home};
+use crate::code::regs::{ADDR, GUEST_RSP, Home, R11, RBP, RSP, home};
 use crate::memory::slow::Kind;
 use crate::state::Seg;
 
@@ -24,7 +24,7 @@ pub(super) enum Source {
 impl Emitter<'_> {
     pub(super) fn push_source(&mut self, insn: &Instruction, source: Source) {
         self.flags.to_memory(self.asm);
-        self.asm.lea(true, R10, Mem::base(GUEST_RSP, -8));
+        self.asm.lea(true, ADDR, Mem::base(GUEST_RSP, -8));
         self.access(insn, PUSH, false, |e| {
             let reg = match source {
                 Source::Register(register) => e.register(register, R11),
@@ -38,7 +38,7 @@ impl Emitter<'_> {
                 }
             };
             e.stack_site(insn);
-            e.asm.store(Mem::base(R10, 0), reg);
+            e.asm.store(Mem::base(ADDR, 0), reg);
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, -8));
         });
     }
@@ -55,8 +55,8 @@ impl Emitter<'_> {
                 let load = Access { kind: Kind::Read, size: 8, seg, aligned: false };
                 self.access(insn, load, false, |e| {
                     e.site(insn, false);
-                    e.asm.load(R10, Mem::base(R10, 0));
-                    e.asm.store(Mem::Gs(gs!(scratch)), R10);
+                    e.asm.load(ADDR, Mem::base(ADDR, 0));
+                    e.asm.store(Mem::Gs(gs!(scratch)), ADDR);
                 });
                 self.push_source(insn, Source::Scratch);
             }
@@ -67,19 +67,19 @@ impl Emitter<'_> {
     /// POP r64.
     pub(super) fn pop(&mut self, insn: &Instruction) {
         self.flags.to_memory(self.asm);
-        self.asm.mov(R10, GUEST_RSP);
+        self.asm.mov(ADDR, GUEST_RSP);
         let register = insn.op0_register();
         self.access(insn, POP, false, |e| {
             e.stack_site(insn);
             match home(register.number()) {
                 // The popped value wins over the increment.
-                Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, Mem::base(R10, 0)),
+                Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, Mem::base(ADDR, 0)),
                 Home::Host(reg) => {
-                    e.asm.load(reg, Mem::base(R10, 0));
+                    e.asm.load(reg, Mem::base(ADDR, 0));
                     e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
                 Home::State(n) => {
-                    e.asm.load(R11, Mem::base(R10, 0));
+                    e.asm.load(R11, Mem::base(ADDR, 0));
                     e.asm.store(Mem::Gs(gpr_offset(n)), R11);
                     e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
@@ -90,11 +90,11 @@ impl Emitter<'_> {
     /// LEAVE.
     pub(super) fn leave(&mut self, insn: &Instruction) {
         self.flags.to_memory(self.asm);
-        self.asm.mov(R10, RBP);
+        self.asm.mov(ADDR, RBP);
         self.access(insn, POP, false, |e| {
             // The load first: it is what can fault.
             e.stack_site(insn);
-            e.asm.load(R11, Mem::base(R10, 0));
+            e.asm.load(R11, Mem::base(ADDR, 0));
             e.asm.lea(true, GUEST_RSP, Mem::base(RBP, 8));
             e.asm.mov(RBP, R11);
         });
@@ -115,9 +115,9 @@ impl Emitter<'_> {
     /// CALL r/m64. The target is read before the return address is pushed.
     pub(super) fn call_indirect(&mut self, insn: &Instruction) {
         self.indirect_target(insn);
-        self.asm.store(Mem::Gs(gs!(scratch) + 16), R10);
+        self.asm.store(Mem::Gs(gs!(scratch) + 16), ADDR);
         self.push_source(insn, Source::Immediate(insn.next_ip()));
-        self.asm.load(R10, Mem::Gs(gs!(scratch) + 16));
+        self.asm.load(ADDR, Mem::Gs(gs!(scratch) + 16));
         if !self.pairs_calls() {
             return self.exit_to_r10(insn);
         }
@@ -135,11 +135,11 @@ impl Emitter<'_> {
     /// RET, RET imm16.
     pub(super) fn ret(&mut self, insn: &Instruction) {
         self.flags.to_memory(self.asm);
-        self.asm.mov(R10, GUEST_RSP);
+        self.asm.mov(ADDR, GUEST_RSP);
         let extra = if insn.code() == Code::Retnq_imm16 { i32::from(insn.immediate16()) } else { 0 };
         self.access(insn, POP, false, |e| {
             e.stack_site(insn);
-            e.asm.load(R10, Mem::base(R10, 0));
+            e.asm.load(ADDR, Mem::base(ADDR, 0));
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
         });
         if !self.pairs_calls() {
@@ -156,7 +156,7 @@ impl Emitter<'_> {
 
     /// Makes an entry on the call stack ([`crate::code::calls`]) but for the continuation, which the host's call
     /// pushes. A full stack is emptied first; that is also a poll, so that endless recursion can be stopped. `target`:
-    /// where the call leads, if that is not in r10.
+    /// where the call leads, if that is not in r15.
     fn begin_call(&mut self, insn: &Instruction, target: Option<u64>) {
         let (full, go_on) = (self.asm.label(), self.asm.label());
         let a = &mut *self.asm;
@@ -171,7 +171,7 @@ impl Emitter<'_> {
         a.bytes(&[0]);
         a.jcc(cc::NE, go_on);
         match target {
-            Some(target) => a.mov_imm(R10, target),
+            Some(target) => a.mov_imm(ADDR, target),
             None => a.store_imm(gs!(branch), insn.ip(), R11),
         }
         a.jmp_abs(self.stubs.exit_lookup_r10);
@@ -188,10 +188,10 @@ impl Emitter<'_> {
         a.mem(&[], true, &[0x3b], R11, Mem::Gs(gs!(jump_key)));
         a.jcc(cc::NE, other);
         match i32::try_from(next as i64) {
-            Ok(small) => a.alu_imm(true, 7, R10, small),
+            Ok(small) => a.alu_imm(true, 7, ADDR, small),
             Err(_) => {
                 a.mov_imm(R11, next);
-                a.reg(true, &[0x3b], R10, R11);
+                a.reg(true, &[0x3b], ADDR, R11);
             }
         }
         a.jcc(cc::NE, other);

@@ -6,7 +6,7 @@ use iced_x86::{Instruction, Mnemonic as M, Register};
 use super::emit::Emitter;
 use super::fetch::chained;
 use crate::code::asm::{Label, Mem, cc, gs};
-use crate::code::regs::{HostReg, R10, R11, RCX, RDI, RSI};
+use crate::code::regs::{ADDR, HostReg, R11, RCX, RDI, RSI};
 use crate::code::stubs::tlb_table_offset;
 use crate::memory::tlb::{TLB_ENTRIES, TlbEntry, TlbTable};
 use crate::mode::Mode;
@@ -55,14 +55,14 @@ impl Emitter<'_> {
         }
         // scratch[0]: host destination; scratch[2] and [3]: RDI and RSI afterwards.
         self.host_range(RDI, true, rep, size, helper);
-        self.asm.store(Mem::Gs(gs!(scratch)), R10);
+        self.asm.store(Mem::Gs(gs!(scratch)), ADDR);
         if moves {
             self.host_range(RSI, false, rep, size, helper);
             self.after_string(RSI, rep, size, 24);
         }
         self.after_string(RDI, rep, size, 16);
         if moves {
-            self.asm.mov(RSI, R10);
+            self.asm.mov(RSI, ADDR);
         }
         self.asm.load(RDI, Mem::Gs(gs!(scratch)));
         if size == 2 {
@@ -87,7 +87,7 @@ impl Emitter<'_> {
         self.asm.set_cold(false);
     }
 
-    /// r10 = host address of the bytes at guest address `reg`; to `helper` if they are not all in one page of the
+    /// r15 = host address of the bytes at guest address `reg`; to `helper` if they are not all in one page of the
     /// TLB. Clobbers r11.
     fn host_range(&mut self, reg: HostReg, write: bool, rep: bool, size: u8, helper: Label) {
         let table = tlb_table_offset(TlbTable::new(self.key.mode.tlb_class(), write));
@@ -97,20 +97,20 @@ impl Emitter<'_> {
         a.mov32(R11, reg);
         a.shr(false, R11, 8);
         a.alu_imm(false, 4, R11, ((TLB_ENTRIES - 1) << 4) as i32);
-        a.mov(R10, reg);
-        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
-        a.alu_imm(true, 7, R10, 4096);
+        a.mov(ADDR, reg);
+        a.mem(&[], true, &[0x2b], ADDR, Mem::GsBase(R11, tag));
+        a.alu_imm(true, 7, ADDR, 4096);
         a.jcc(cc::AE, helper);
         if rep {
-            a.lea(true, R10, Mem::Any { base: Some(R10), index: Some((RCX, size)), disp: 0 });
+            a.lea(true, ADDR, Mem::Any { base: Some(ADDR), index: Some((RCX, size)), disp: 0 });
         } else {
-            a.lea(true, R10, Mem::base(R10, i32::from(size)));
+            a.lea(true, ADDR, Mem::base(ADDR, i32::from(size)));
         }
-        a.alu_imm(true, 7, R10, 4096);
+        a.alu_imm(true, 7, ADDR, 4096);
         a.jcc(cc::A, helper);
-        a.mov(R10, reg);
-        a.mem(&[], true, &[0x2b], R10, Mem::GsBase(R11, tag));
-        a.mem(&[], true, &[0x03], R10, Mem::GsBase(R11, host));
+        a.mov(ADDR, reg);
+        a.mem(&[], true, &[0x2b], ADDR, Mem::GsBase(R11, tag));
+        a.mem(&[], true, &[0x03], ADDR, Mem::GsBase(R11, host));
     }
 
     /// Notes the value of `reg` after the instruction at byte `at` of `scratch`. Clobbers r11.

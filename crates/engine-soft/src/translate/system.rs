@@ -7,7 +7,7 @@ use super::copy::number_of;
 use super::emit::Emitter;
 use super::stack::Source;
 use crate::code::asm::{Mem, cc, gpr_offset, gs};
-use crate::code::regs::{Home, R10, R11, RAX, RCX, RDX, home};
+use crate::code::regs::{ADDR, Home, R11, RAX, RCX, RDX, home};
 use crate::cpu::Cpu;
 use crate::exec::msr::Msrs;
 use crate::mode::Mode;
@@ -25,20 +25,20 @@ impl Emitter<'_> {
         let a = &mut *self.asm;
         let or_shifted = |a: &mut crate::code::asm::Asm, shift: u8| {
             a.shl(false, R11, shift);
-            a.reg(false, &[0x0b], R10, R11);
+            a.reg(false, &[0x0b], ADDR, R11);
         };
-        a.load_zx(R10, Mem::Gs(gs!(flags)), 2);
-        a.mov32(R11, R10);
-        a.shr(false, R10, 8);
+        a.load_zx(ADDR, Mem::Gs(gs!(flags)), 2);
+        a.mov32(R11, ADDR);
+        a.shr(false, ADDR, 8);
         a.alu_imm(false, 4, R11, 1);
         or_shifted(a, 11);
         a.load_zx(R11, Mem::Gs(gs!(interrupt_flag)), 1);
         or_shifted(a, 9);
         a.load_zx(R11, Mem::Gs(gs!(direction)), 1);
         or_shifted(a, 10);
-        a.alu_imm(false, 1, R10, 2);
-        a.mem(&[], true, &[0x0b], R10, Mem::Gs(gs!(rflags_rest)));
-        a.store(Mem::Gs(gs!(scratch)), R10);
+        a.alu_imm(false, 1, ADDR, 2);
+        a.mem(&[], true, &[0x0b], ADDR, Mem::Gs(gs!(rflags_rest)));
+        a.store(Mem::Gs(gs!(scratch)), ADDR);
         self.push_source(insn, Source::Scratch);
     }
 
@@ -69,13 +69,13 @@ impl Emitter<'_> {
         let base = Mem::Gs(segment_base_offset(Seg::Gs));
         let scratch = Mem::Gs(gs!(scratch));
         let a = &mut *self.asm;
-        a.load(R10, base);
-        a.store(scratch, R10);
+        a.load(ADDR, base);
+        a.store(scratch, ADDR);
         a.load(R11, Mem::Gs(gs!(cpu)));
-        a.load(R10, kernel_base);
-        a.store(base, R10);
-        a.load(R10, scratch);
-        a.store(kernel_base, R10);
+        a.load(ADDR, kernel_base);
+        a.store(base, ADDR);
+        a.load(ADDR, scratch);
+        a.store(kernel_base, ADDR);
     }
 
     /// RDTSC and RDTSCP.
