@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use berth_engine::InterruptSink;
+use berth_engine::{InterruptSink, MessageEvent};
 use parking_lot::Mutex;
 
 /// Interrupts that devices can have lines to: 0 to 23 without the PIC's cascade.
@@ -33,6 +33,8 @@ pub trait InterruptController: Send + Sync {
     /// Delivers a message signalled interrupt: a write of `data` to `address` by a device (SDM volume 3, 11.11).
     /// Returns whether a local APIC took it.
     fn deliver_msi(&self, address: u64, data: u32) -> bool;
+    /// As [`berth_engine::MessageInterrupts::message_event`].
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>>;
     /// Back to the state after RESET. Lines stay as devices drive them. No vCPU may be running.
     fn reset(&self);
 }
@@ -77,11 +79,19 @@ pub trait MsiSink: Send + Sync {
     /// A device's write of `data` to `address` (SDM volume 3, 11.11). One that is no interrupt is dropped. Called
     /// from any thread, perhaps with the device's own lock held.
     fn send_msi(&self, address: u64, data: u32);
+    /// A message that is sent by a write to an eventfd, where that is possible.
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+        None
+    }
 }
 
 impl MsiSink for Interrupts {
     fn send_msi(&self, address: u64, data: u32) {
         self.deliver_msi(address, data);
+    }
+
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+        self.0.message_event()
     }
 }
 
@@ -178,6 +188,10 @@ impl InterruptController for EngineInterrupts {
         self.sink.signal_msi(address, data)
     }
 
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+        self.sink.message_event()
+    }
+
     fn reset(&self) {
         self.sink.reset();
     }
@@ -186,16 +200,23 @@ impl InterruptController for EngineInterrupts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_engine::MessageInterrupts;
 
     #[derive(Default)]
     struct Recorder(Mutex<Vec<(u8, bool)>>);
 
+    impl MessageInterrupts for Recorder {
+        fn signal_msi(&self, address: u64, data: u32) -> bool {
+            (address, data) == (0xfee0_0000, 0x41)
+        }
+        fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+            None
+        }
+    }
+
     impl InterruptSink for Recorder {
         fn set_line(&self, irq: u8, level: bool) {
             self.0.lock().push((irq, level));
-        }
-        fn signal_msi(&self, address: u64, data: u32) -> bool {
-            (address, data) == (0xfee0_0000, 0x41)
         }
         fn reset(&self) {}
     }

@@ -71,8 +71,11 @@ impl KvmHandle {
 }
 
 impl VcpuHandle for KvmHandle {
-    /// What an APIC has, the kernel sees itself.
-    fn kick(&self) {}
+    /// What an APIC has the kernel sees itself; this is for the PIC of devices, which `vcpu` looks at before it enters
+    /// the guest.
+    fn kick(&self) {
+        self.interrupt();
+    }
 
     fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);

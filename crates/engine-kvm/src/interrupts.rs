@@ -1,21 +1,18 @@
 //! The kernel's PIC, IOAPIC and PIT, and the way of devices' interrupts to them (api.rst 4.24 to 4.29, 4.52, 4.70).
 
-use std::io;
 use std::sync::Arc;
 
-use berth_engine::{EngineError, InterruptSink};
+use berth_engine::{EngineError, InterruptSink, MessageEvent, MessageInterrupts};
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irqchip,
-    kvm_msi, kvm_pit_config, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_irq_routing_entry, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 use tracing::warn;
 
 use crate::refused;
+use crate::routes::{PINS, Routes, pin};
 
-/// Pins of the IOAPIC.
-const PINS: u32 = 24;
 /// Inputs of the two PICs.
 const PIC_INPUTS: u32 = 16;
 /// Inputs of one PIC.
@@ -28,6 +25,7 @@ const IRQ0_PIN: u32 = 2;
 /// The kernel's interrupt controllers of one VM, and their state after power-up.
 pub struct KernelChips {
     vm: Arc<VmFd>,
+    routes: Arc<Routes>,
     chips: [kvm_irqchip; 3],
     pit: kvm_pit_state2,
 }
@@ -42,9 +40,7 @@ impl KernelChips {
         // Port 0x61 is the kernel's too, because its bits show the PIT's third counter.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         vm.create_pit2(pit).map_err(refused("a timer (PIT) in the kernel"))?;
-        let routes = KvmIrqRouting::from_entries(&routes())
-            .map_err(|e| refused("interrupt routes")(io::Error::other(format!("{e:?}"))))?;
-        vm.set_gsi_routing(&routes).map_err(refused("interrupt routes"))?;
+        let routes = Routes::new(vm.clone(), pins())?;
         let state = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
             vm.get_irqchip(&mut chip).map(|()| chip).map_err(refused("the state of an interrupt controller"))
@@ -52,43 +48,33 @@ impl KernelChips {
         let chips =
             [state(KVM_IRQCHIP_PIC_MASTER)?, state(KVM_IRQCHIP_PIC_SLAVE)?, state(KVM_IRQCHIP_IOAPIC)?];
         let pit = vm.get_pit2().map_err(refused("the state of the timer"))?;
-        Ok(Self { vm, chips, pit })
+        Ok(Self { vm, routes, chips, pit })
     }
 }
 
 /// ISA interrupts go to the PICs and to the IOAPIC, the others to the IOAPIC only. KVM's own default has interrupt 0
 /// at pin 0.
-fn routes() -> Vec<kvm_irq_routing_entry> {
-    let route = |gsi, irqchip, pin| kvm_irq_routing_entry {
-        gsi,
-        type_: KVM_IRQ_ROUTING_IRQCHIP,
-        u: kvm_bindings::kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
-        },
-        ..kvm_irq_routing_entry::default()
-    };
-    let mut routes = Vec::new();
+fn pins() -> Vec<kvm_irq_routing_entry> {
+    let mut pins = Vec::new();
     for gsi in (0..PINS).filter(|&gsi| gsi != CASCADE) {
         if gsi < ONE_PIC {
-            routes.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
+            pins.push(pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
         } else if gsi < PIC_INPUTS {
-            routes.push(route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - ONE_PIC));
+            pins.push(pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - ONE_PIC));
         }
-        routes.push(route(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { IRQ0_PIN } else { gsi }));
+        pins.push(pin(gsi, KVM_IRQCHIP_IOAPIC, if gsi == 0 { IRQ0_PIN } else { gsi }));
     }
-    routes
+    pins
 }
 
-/// KVM_SIGNAL_MSI (api.rst 4.70). Returns whether a local APIC took it.
-pub fn signal_msi(vm: &VmFd, address: u64, data: u32) -> bool {
-    let msi = kvm_msi {
-        address_lo: address as u32,
-        address_hi: (address >> 32) as u32,
-        data,
-        ..kvm_msi::default()
-    };
-    // An error is an address that is none of an APIC, which is for the guest to mend.
-    vm.signal_msi(msi).is_ok_and(|taken| taken > 0)
+impl MessageInterrupts for KernelChips {
+    fn signal_msi(&self, address: u64, data: u32) -> bool {
+        self.routes.signal_msi(address, data)
+    }
+
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+        self.routes.message_event()
+    }
 }
 
 impl InterruptSink for KernelChips {
@@ -96,10 +82,6 @@ impl InterruptSink for KernelChips {
         if let Err(error) = self.vm.set_irq_line(irq.into(), level) {
             warn!("KVM does not take interrupt {irq}: {error}");
         }
-    }
-
-    fn signal_msi(&self, address: u64, data: u32) -> bool {
-        signal_msi(&self.vm, address, data)
     }
 
     fn reset(&self) {
@@ -120,7 +102,7 @@ mod tests {
 
     #[test]
     fn every_interrupt_but_the_cascade_has_its_pins() {
-        let routes = routes();
+        let routes = pins();
         let pins = |gsi: u32| {
             let of = |e: &&kvm_irq_routing_entry| e.gsi == gsi;
             // SAFETY: all entries were made with this variant of the union.

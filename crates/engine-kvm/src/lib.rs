@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   KvmEngine ── device: /dev/kvm, one VM ── memory slots: one a region of RAM
-//!       │           └── interrupts: PIC, IOAPIC, PIT of the kernel ◄── devices
+//!       │           ├── interrupts: PIC, IOAPIC, PIT of the kernel ◄── devices   or
+//!       │           ├── split: local APICs of the kernel ◄── PIC, IOAPIC of devices
+//!       │           └── routes: pins, and messages by eventfd
 //!       └── vcpu: KVM_RUN ──exit──► Bus
 //!             ├── handle: stopping it from other threads
 //!             ├── cpuid: what KVM supports, cut down by the CPU model
@@ -20,6 +22,8 @@ mod failure;
 mod handle;
 mod interrupts;
 mod memory;
+mod routes;
+mod split;
 mod state;
 mod vcpu;
 
@@ -29,14 +33,15 @@ use std::sync::{Arc, OnceLock};
 
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
-use berth_engine::{Engine, EngineError, InterruptControllers, InterruptSink, LocalApic, Vcpu};
+use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, Vcpu};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use kvm_bindings::CpuId;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 
 use crate::device::{Device, Refusal};
 use crate::interrupts::KernelChips;
-use crate::vcpu::KvmVcpu;
+use crate::split::SplitChips;
+use crate::vcpu::{KvmVcpu, VcpuParts};
 
 /// The name of the engine in messages and for `--engine`.
 const NAME: &str = "kvm";
@@ -50,18 +55,54 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 pub struct KvmOptions {
     /// Number of vCPUs that will be created, 1 to 64.
     pub vcpus: u8,
+    /// Take only the local APICs from the kernel, as where it has no other interrupt controllers.
+    pub split: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { vcpus: 1 }
+        Self { vcpus: 1, split: false }
+    }
+}
+
+impl KvmOptions {
+    const KNOWN: &str = "split";
+
+    /// Adds what the environment variable `BERTH_KVM` says, a comma-separated list; for finding errors.
+    #[must_use]
+    pub fn with_environment(mut self) -> Self {
+        let value = std::env::var("BERTH_KVM").unwrap_or_default();
+        for word in value.split(',').filter(|word| !word.is_empty()) {
+            match word {
+                "split" => self.split = true,
+                other => tracing::warn!("BERTH_KVM: unknown word {other:?}; known are {}", Self::KNOWN),
+            }
+        }
+        self
+    }
+}
+
+/// The kernel's interrupt controllers.
+enum Chips {
+    All(Arc<KernelChips>),
+    Split(Arc<SplitChips>),
+}
+
+impl Chips {
+    fn create(vm: &Arc<VmFd>, split: bool) -> Result<Self, EngineError> {
+        let has = |cap| vm.check_extension(cap);
+        Ok(match (has(Cap::Irqchip), has(Cap::SplitIrqchip)) {
+            (true, _) if !split => Self::All(Arc::new(KernelChips::create(vm.clone())?)),
+            (_, true) => Self::Split(Arc::new(SplitChips::create(vm.clone())?)),
+            _ => return Err(unavailable(Refusal::Lacks("KVM_CAP_SPLIT_IRQCHIP"))),
+        })
     }
 }
 
 /// The kvm engine of one VM.
 pub struct KvmEngine {
     vm: Arc<VmFd>,
-    chips: Arc<KernelChips>,
+    chips: Chips,
     supported: CpuId,
     vcpus: u8,
     /// Made with the first vCPU, which knows the TSC's frequency.
@@ -97,7 +138,7 @@ impl KvmEngine {
         vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(refused("an address for real mode"))?;
         vm.set_tss_address(TSS_ADDRESS).map_err(refused("an address for real mode"))?;
         memory::map(&vm, &memory)?;
-        let chips = Arc::new(KernelChips::create(vm.clone())?);
+        let chips = Chips::create(&vm, options.split)?;
         let supported =
             cpuid::supported(device.kvm()).map_err(refused("the CPU features that it supports"))?;
         let run_size = device.kvm().get_vcpu_mmap_size().map_err(refused("the size of its vCPUs"))?;
@@ -111,7 +152,10 @@ impl Engine for KvmEngine {
     }
 
     fn interrupt_controllers(&self) -> InterruptControllers {
-        InterruptControllers::Engine(self.chips.clone() as Arc<dyn InterruptSink>)
+        match &self.chips {
+            Chips::All(chips) => InterruptControllers::Engine(chips.clone()),
+            Chips::Split(chips) => InterruptControllers::LocalApics(chips.clone()),
+        }
     }
 
     fn create_vcpu(
@@ -129,9 +173,28 @@ impl Engine for KvmEngine {
         let entries = cpuid::entries(model, id)
             .map_err(|e| refused("the CPU model")(io::Error::other(format!("{e:?}"))))?;
         fd.set_cpuid2(&entries).map_err(refused("the CPU model"))?;
-        Ok(Box::new(KvmVcpu::new(id, fd, self.run_size, self.memory.clone())))
+        let split = match &self.chips {
+            Chips::All(_) => None,
+            Chips::Split(chips) => Some(chips.clone()),
+        };
+        Ok(Box::new(KvmVcpu::new(
+            id,
+            fd,
+            VcpuParts { run_size: self.run_size, split, memory: self.memory.clone() },
+        )))
     }
 
     /// The CPU sees what is written.
     fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
+
+    /// KVM_IOEVENTFD (api.rst 4.59) for stores of any length.
+    fn add_doorbell(&self, addr: GuestPhysAddr, event: &EventFd) -> bool {
+        self.vm.register_ioevent(event, &IoEventAddress::Mmio(addr.0), NoDatamatch).is_ok()
+    }
+
+    fn remove_doorbell(&self, addr: GuestPhysAddr, event: &EventFd) {
+        if let Err(error) = self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(addr.0), NoDatamatch) {
+            tracing::warn!("KVM keeps the doorbell at {addr}: {error}");
+        }
+    }
 }

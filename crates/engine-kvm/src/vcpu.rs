@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use berth_cpu::{CpuState, VcpuId};
-use berth_engine::{Bus, EngineError, Exit, Vcpu, VcpuHandle};
+use berth_engine::{Bus, EngineError, Exit, PinController, Vcpu, VcpuHandle};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -14,6 +14,7 @@ use tracing::{error, trace};
 
 use crate::failure;
 use crate::handle::KvmHandle;
+use crate::split::{ExternalInterrupt, SplitChips};
 use crate::state::{self, KnownMsrs};
 
 /// A vCPU of the kernel.
@@ -24,8 +25,19 @@ pub struct KvmVcpu {
     run_size: usize,
     handle: Arc<KvmHandle>,
     known_msrs: Option<KnownMsrs>,
+    /// Where PIC and IOAPIC are devices.
+    split: Option<Arc<SplitChips>>,
+    external: ExternalInterrupt,
     /// The kernel reaches it by its address in this process as long as there are vCPUs.
     _memory: GuestMemory,
+}
+
+/// What a vCPU has from its VM.
+pub(crate) struct VcpuParts {
+    /// See [`KvmVcpu`].
+    pub run_size: usize,
+    pub split: Option<Arc<SplitChips>>,
+    pub memory: GuestMemory,
 }
 
 /// What KVM_RUN came back with, where it is not done with at once.
@@ -37,8 +49,18 @@ enum Returned {
 }
 
 impl KvmVcpu {
-    pub(crate) fn new(id: VcpuId, fd: VcpuFd, run_size: usize, memory: GuestMemory) -> Self {
-        Self { id, fd, run_size, handle: Arc::default(), known_msrs: None, _memory: memory }
+    pub(crate) fn new(id: VcpuId, fd: VcpuFd, parts: VcpuParts) -> Self {
+        let VcpuParts { run_size, split, memory } = parts;
+        Self {
+            id,
+            fd,
+            run_size,
+            handle: Arc::default(),
+            known_msrs: None,
+            split,
+            external: ExternalInterrupt::default(),
+            _memory: memory,
+        }
     }
 
     fn try_state(&mut self) -> Result<CpuState, EngineError> {
@@ -51,7 +73,11 @@ impl KvmVcpu {
         state
     }
 
-    fn enter(&mut self, bus: &dyn Bus) -> Returned {
+    fn enter(&mut self, bus: &dyn Bus, pins: Option<&dyn PinController>) -> Returned {
+        // The PIC's output is wired to the bootstrap processor.
+        if let Some(pic) = pins.filter(|_| self.id.0 == 0) {
+            self.external.offer(&mut self.fd, pic);
+        }
         let failed = |detail: String| Returned::End(Exit::Failed { detail });
         match self.fd.run() {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => Returned::Port,
@@ -71,6 +97,10 @@ impl KvmVcpu {
             }
             Ok(VcpuExit::Intr) => Returned::Interrupted,
             Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Returned::Nothing,
+            Ok(VcpuExit::IoapicEoi(vector)) => {
+                pins.into_iter().for_each(|pins| pins.end_of_interrupt(vector));
+                Returned::Nothing
+            }
             Ok(VcpuExit::Shutdown) => {
                 let detail = "KVM reports a shutdown of the CPU, without the exceptions before it".to_owned();
                 Returned::End(Exit::TripleFault { detail })
@@ -145,8 +175,9 @@ impl Vcpu for KvmVcpu {
             Ok(entered) => entered,
             Err(e) => return Exit::Failed { detail: format!("the host refuses a signal for stopping: {e}") },
         };
+        let pins = self.split.as_ref().and_then(|split| split.controllers());
         let exit = loop {
-            match self.enter(bus) {
+            match self.enter(bus, pins.as_deref()) {
                 Returned::Nothing => {}
                 Returned::Port => {
                     if let Err(detail) = self.port_io(bus) {
@@ -175,6 +206,8 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        // What the PIC gave to the old state is lost with it, as in a reset.
+        self.external = ExternalInterrupt::default();
         state::write(&self.fd, state)
     }
 }

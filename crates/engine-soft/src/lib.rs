@@ -33,7 +33,7 @@ mod vm;
 use std::sync::Arc;
 
 use berth_cpu::VcpuId;
-use berth_engine::{Engine, EngineError, InterruptControllers, LocalApic, Vcpu};
+use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, Vcpu};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 
 pub use code::cache::{CacheStats, MAX_CODE_CACHE, MIN_CODE_CACHE};
@@ -142,4 +142,11 @@ impl Engine for SoftEngine {
     fn memory_written(&self, start: GuestPhysAddr, len: u64) {
         self.vm.memory_written(start, len);
     }
+
+    /// A store to a device is a call of the bus here, which costs no more.
+    fn add_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) -> bool {
+        false
+    }
+
+    fn remove_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) {}
 }

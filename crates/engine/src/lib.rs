@@ -14,10 +14,11 @@
 //!
 //! No type of one particular engine appears here, and no device, boot or machine code asks which engine runs.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 pub use berth_cpu::{ApicState, CpuState, VcpuId};
 use berth_memory::GuestPhysAddr;
+pub use vmm_sys_util::eventfd::EventFd;
 
 /// Port and memory-mapped I/O as the vCPUs see it. Called from vCPU threads, several at once.
 ///
@@ -104,18 +105,56 @@ pub trait LocalApic: Send + Sync {
     fn set_state(&self, state: &ApicState);
 }
 
-/// What devices' interrupts go to when the engine has interrupt controllers of its own. Called from any thread;
-/// never blocks for long.
-pub trait InterruptSink: Send + Sync {
-    /// Drives the line of interrupt `irq`: 0 to 15 are the ISA interrupts, at the PIC's inputs and at the IOAPIC's
-    /// pins of the same number (0: pin 2); 16 to 23 are the IOAPIC's other pins. 2 is no line of a device.
-    fn set_line(&self, irq: u8, level: bool);
+/// Local APICs of an engine, as those who send messages see them. Called from any thread; never blocks for long.
+pub trait MessageInterrupts: Send + Sync {
     /// Delivers a message signalled interrupt: a write of `data` to `address` by a device (SDM volume 3, 11.11).
     /// Returns whether a local APIC took it.
     fn signal_msi(&self, address: u64, data: u32) -> bool;
+    /// A message that is sent by a write to an eventfd, for a device that sends the same one often; `None` where the
+    /// engine has no such thing (or no more of them), and [`Self::signal_msi`] is the way.
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>>;
+}
+
+/// What devices' interrupts go to when the engine has interrupt controllers of its own. Called from any thread;
+/// never blocks for long.
+pub trait InterruptSink: MessageInterrupts {
+    /// Drives the line of interrupt `irq`: 0 to 15 are the ISA interrupts, at the PIC's inputs and at the IOAPIC's
+    /// pins of the same number (0: pin 2); 16 to 23 are the IOAPIC's other pins. 2 is no line of a device.
+    fn set_line(&self, irq: u8, level: bool);
     /// PIC, IOAPIC and PIT back to the state after RESET; local APICs are part of [`CpuState`]. Lines stay as
     /// devices drive them. No vCPU may be running.
     fn reset(&self);
+}
+
+/// A message signalled interrupt that an engine delivers whenever an eventfd is written to. Dropping it ends that.
+pub trait MessageEvent: Send + Sync {
+    /// From now on a write to [`Self::event`] is a write of `data` to `address` (SDM volume 3, 11.11). Returns whether
+    /// it is; if not the engine does not take this message.
+    fn set(&self, address: u64, data: u32) -> bool;
+    /// What to write to. Whoever has it needs no lock, and may hand it to the kernel.
+    fn event(&self) -> &EventFd;
+}
+
+/// The local APICs of an engine that leaves PIC, IOAPIC and PIT to devices. Called from any thread; never blocks for
+/// long.
+pub trait LocalApics: MessageInterrupts {
+    /// Says which level-triggered message the IOAPIC's `pin` (0 to 23) sends, in the form of an MSI: the ends of these
+    /// interrupts come to [`PinController::end_of_interrupt`].
+    fn set_pin(&self, pin: u8, address: u64, data: u32);
+    /// Connects the controllers, once, before the first vCPU runs; later calls change nothing.
+    fn connect(&self, controllers: Weak<dyn PinController>);
+}
+
+/// PIC and IOAPIC of devices, as an engine with local APICs of its own sees them. When the PIC's output rises the
+/// bootstrap processor's [`VcpuHandle::kick`] is called.
+pub trait PinController: Send + Sync {
+    /// Whether the PIC asserts its output, which is wired to LINT0 of the bootstrap processor. Cheap: called whenever
+    /// that enters the guest.
+    fn has_interrupt(&self) -> bool;
+    /// The PIC's INTA cycle: the vector, or `None` if it asserts its output no more.
+    fn acknowledge(&self) -> Option<u8>;
+    /// A local APIC's EOI of `vector`.
+    fn end_of_interrupt(&self, vector: u8);
 }
 
 /// Who emulates LAPIC, IOAPIC, PIC and PIT.
@@ -123,6 +162,8 @@ pub trait InterruptSink: Send + Sync {
 pub enum InterruptControllers {
     /// The machine's own devices; the engine is given a [`LocalApic`] for each vCPU.
     Devices,
+    /// The engine has the local APICs, devices are PIC, IOAPIC and PIT.
+    LocalApics(Arc<dyn LocalApics>),
     /// The engine itself; devices interrupt through this.
     Engine(Arc<dyn InterruptSink>),
 }
@@ -186,6 +227,13 @@ pub trait Engine: Send + Sync {
     /// Must be called after a device or the host wrote guest memory (DMA), so that no vCPU executes what was
     /// there before.
     fn memory_written(&self, start: GuestPhysAddr, len: u64);
+    /// Lets the guest's stores to `addr`, whatever their size and value, write 1 to `event` instead of going to the
+    /// [`Bus`], until [`Self::remove_doorbell`]. Returns whether it does: an engine need not, and then the stores go on
+    /// coming to the bus.
+    fn add_doorbell(&self, addr: GuestPhysAddr, event: &EventFd) -> bool;
+    /// Ends what [`Self::add_doorbell`] of the same address and event began; when this returns the stores go to the
+    /// bus.
+    fn remove_doorbell(&self, addr: GuestPhysAddr, event: &EventFd);
 }
 
 /// One virtual CPU, driven by the thread that owns it.

@@ -86,11 +86,17 @@ impl Board {
         let timers = Timers::start(&config.name)?;
         let mut bus = MachineBus::new();
 
-        let (interrupts, chips) = match controllers {
-            InterruptControllers::Engine(sink) => (Interrupts::new(EngineInterrupts::new(sink)), None),
+        let chips = match controllers {
+            InterruptControllers::Engine(sink) => Err(sink),
+            InterruptControllers::LocalApics(apics) => Ok(InterruptChips::with_engine_apics(apics)),
             InterruptControllers::Devices => {
                 let tsc = TscClock::new(tsc_hz(), timers.clock().clone());
-                let chips = InterruptChips::new(config.vcpus, &timers, &tsc)?;
+                Ok(InterruptChips::new(config.vcpus, &timers, &tsc)?)
+            }
+        };
+        let (interrupts, chips) = match chips {
+            Err(sink) => (Interrupts::new(EngineInterrupts::new(sink)), None),
+            Ok(chips) => {
                 chips.register(&mut bus)?;
                 let pit = Pit::new(chips.line(PIT_IRQ)?, &timers);
                 pit.register(&mut bus)?;
@@ -127,11 +133,10 @@ impl Board {
         chips.local_apic(id).map(|apic| apic.clone() as Arc<dyn LocalApic>)
     }
 
-    /// Connects vCPU `id` to its local APIC.
+    /// Connects vCPU `id` to its interrupts.
     pub fn attach(&self, id: VcpuId, handle: Arc<dyn VcpuHandle>) {
-        let apic = self.chips.as_ref().and_then(|(chips, _)| chips.local_apic(id));
-        if let Some(apic) = apic {
-            apic.set_handle(handle);
+        if let Some((chips, _)) = &self.chips {
+            chips.attach(id, handle);
         }
     }
 

@@ -15,6 +15,8 @@ mod account;
 mod board;
 mod config;
 mod control;
+#[cfg(test)]
+mod engine_tests;
 mod event;
 mod machine;
 pub mod options;

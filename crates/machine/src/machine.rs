@@ -85,7 +85,7 @@ impl Machine {
                 Ok(Box::new(SoftEngine::new(memory, options)?))
             }
             EngineKind::Kvm => {
-                let options = KvmOptions { vcpus: config.vcpus };
+                let options = KvmOptions { vcpus: config.vcpus, ..KvmOptions::default() }.with_environment();
                 Ok(Box::new(KvmEngine::new(memory, options)?))
             }
         })

@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use berth_cpu::{CpuState, MpState, VcpuId};
-use berth_engine::{Bus, Engine, EngineError, Exit, InterruptControllers, LocalApic, Vcpu, VcpuHandle};
+use berth_engine::{
+    Bus, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, Vcpu, VcpuHandle,
+};
 use berth_memory::layout::ports;
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::{Condvar, Mutex};
@@ -123,6 +125,10 @@ impl Engine for ScriptEngine {
         }))
     }
     fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
+    fn add_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) -> bool {
+        false
+    }
+    fn remove_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) {}
 }
 
 /// A multiboot kernel in a file of its own, loaded at [`LOAD_AT`]; the file goes when this does.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use berth_cpu::{ApicState, VcpuId, apic, msr};
-use berth_engine::{ApicEvent, InterruptControllers, InterruptSink, LocalApic, MsrFault, VcpuHandle};
+use berth_engine::{ApicEvent, InterruptControllers, LocalApic, MessageInterrupts, MsrFault, VcpuHandle};
 use berth_memory::GuestPhysAddr;
 use parking_lot::Mutex;
 
@@ -35,7 +35,7 @@ pub struct TestApic {
     cr8: AtomicU8,
     acknowledged: AtomicU32,
     /// The engine's controllers, where it has them.
-    sink: Option<Arc<dyn InterruptSink>>,
+    sink: Option<Arc<dyn MessageInterrupts>>,
 }
 
 impl TestApic {
@@ -50,6 +50,7 @@ impl TestApic {
             acknowledged: AtomicU32::new(0),
             sink: match controllers {
                 InterruptControllers::Devices => None,
+                InterruptControllers::LocalApics(apics) => Some(apics),
                 InterruptControllers::Engine(sink) => Some(sink),
             },
         }

@@ -53,7 +53,7 @@ pub fn create(memory: &GuestMemory, vcpus: u8, code_cache_bytes: u64) -> Arc<dyn
             Arc::new(SoftEngine::new(memory.clone(), options).expect("an engine"))
         }
         EngineKind::Kvm => {
-            let options = KvmOptions { vcpus };
+            let options = KvmOptions { vcpus, ..KvmOptions::default() }.with_environment();
             Arc::new(KvmEngine::new(memory.clone(), options).expect("an engine"))
         }
     }

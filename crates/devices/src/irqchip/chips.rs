@@ -1,10 +1,10 @@
 //! All interrupt controllers of a VM together, and the routes between them.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use berth_cpu::MAX_VCPUS;
-use berth_engine::{LocalApic, VcpuId};
+use berth_engine::{LocalApic, LocalApics, MessageEvent, PinController, VcpuHandle, VcpuId};
 use berth_memory::layout::IOAPIC_BASE;
 use parking_lot::Mutex;
 use tracing::trace;
@@ -39,14 +39,43 @@ struct PicState {
 /// Sets of vCPUs, a bit each.
 type VcpuSet = u64;
 
-/// PIC, IOAPIC and all local APICs of one VM.
+/// PIC, IOAPIC and all local APICs of one VM, unless the engine has the local APICs.
 pub struct InterruptChips {
     lapics: Vec<Arc<Lapic>>,
+    /// In their place.
+    engine: Option<EngineApics>,
     lines: Mutex<Wires>,
     pic: Mutex<PicState>,
+    /// [`PicState::intr`], to be read without the lock.
+    pic_output: AtomicBool,
     ioapic: Mutex<IoApic>,
     /// Where the search for the lowest priority begins, so that equals take turns.
     turn: AtomicUsize,
+}
+
+/// Local APICs of the engine.
+struct EngineApics {
+    apics: Arc<dyn LocalApics>,
+    /// Who gets the PIC's interrupts.
+    bootstrap: OnceLock<Arc<dyn VcpuHandle>>,
+    /// What the engine knows of each pin. Locked before the IOAPIC.
+    pins: Mutex<[Option<(u64, u32)>; PINS as usize]>,
+}
+
+impl EngineApics {
+    /// Tells the engine which level-triggered messages the IOAPIC sends. One that is masked is not forgotten, because
+    /// its last interrupt may be in service.
+    fn follow(&self, ioapic: &Mutex<IoApic>) {
+        let mut pins = self.pins.lock();
+        for (pin, known) in (0..).zip(pins.iter_mut()) {
+            let message = ioapic.lock().message(pin).filter(|message| message.level);
+            let msi = message.and_then(|message| message.to_msi());
+            if let Some((address, data)) = msi.filter(|_| msi != *known) {
+                self.apics.set_pin(pin, address, data);
+                *known = msi;
+            }
+        }
+    }
 }
 
 impl InterruptChips {
@@ -59,12 +88,44 @@ impl InterruptChips {
             return Err(ChipsError::VcpuCount(vcpus));
         }
         Ok(Arc::new_cyclic(|chips| Self {
+            engine: None,
             lapics: (0..vcpus).map(|id| Lapic::new(VcpuId(id), chips.clone(), timers, tsc.clone())).collect(),
             lines: Mutex::default(),
             pic: Mutex::new(PicState { pic: Pic::default(), intr: false }),
+            pic_output: AtomicBool::new(false),
             ioapic: Mutex::default(),
             turn: AtomicUsize::new(0),
         }))
+    }
+
+    /// PIC and IOAPIC of a VM whose engine has the local APICs, in the state after reset.
+    pub fn with_engine_apics(apics: Arc<dyn LocalApics>) -> Arc<Self> {
+        Arc::new_cyclic(|chips: &Weak<Self>| {
+            apics.connect(chips.clone());
+            Self {
+                engine: Some(EngineApics { apics, bootstrap: OnceLock::new(), pins: Mutex::default() }),
+                lapics: Vec::new(),
+                lines: Mutex::default(),
+                pic: Mutex::new(PicState { pic: Pic::default(), intr: false }),
+                pic_output: AtomicBool::new(false),
+                ioapic: Mutex::default(),
+                turn: AtomicUsize::new(0),
+            }
+        })
+    }
+
+    /// Connects vCPU `id` to its interrupts.
+    pub fn attach(&self, id: VcpuId, handle: Arc<dyn VcpuHandle>) {
+        match &self.engine {
+            // The first one counts, as with a local APIC.
+            Some(engine) if id.0 == 0 => drop(engine.bootstrap.set(handle)),
+            Some(_) => (),
+            None => {
+                if let Some(lapic) = self.local_apic(id) {
+                    lapic.set_handle(handle);
+                }
+            }
+        }
     }
 
     /// The local APIC of vCPU `id`, if there is one.
@@ -105,6 +166,9 @@ impl InterruptChips {
 
     /// Delivers `message` to its destinations. Returns whether a local APIC took it.
     pub fn deliver(&self, message: &Message) -> bool {
+        if let Some(engine) = &self.engine {
+            return message.to_msi().is_some_and(|(address, data)| engine.apics.signal_msi(address, data));
+        }
         if message.mode == DeliveryMode::LowestPriority {
             return self.lowest_priority(message).is_some_and(|lapic| lapic.accept(message));
         }
@@ -172,9 +236,11 @@ impl InterruptChips {
         let mut kicks = 0;
         if intr != state.intr {
             state.intr = intr;
+            self.pic_output.store(intr, Ordering::SeqCst);
             for lapic in &self.lapics {
                 kicks |= VcpuSet::from(lapic.follow_pic(intr)) << lapic.id().0;
             }
+            kicks |= VcpuSet::from(intr && self.engine.is_some());
         }
         (result, kicks)
     }
@@ -182,6 +248,8 @@ impl InterruptChips {
     fn kick(&self, vcpus: VcpuSet) {
         if vcpus != 0 {
             self.lapics.iter().filter(|l| vcpus >> l.id().0 & 1 != 0).for_each(|l| l.kick());
+            let bootstrap = self.engine.as_ref().and_then(|engine| engine.bootstrap.get());
+            bootstrap.into_iter().for_each(|handle| handle.kick());
         }
     }
 
@@ -217,6 +285,10 @@ impl InterruptController for InterruptChips {
         self.deliver(&message)
     }
 
+    fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+        self.engine.as_ref()?.apics.message_event()
+    }
+
     fn reset(&self) {
         let lines = self.lines.lock();
         let asserted = (0..PINS).filter(|&irq| lines.is_asserted(irq));
@@ -232,6 +304,20 @@ impl InterruptController for InterruptChips {
         drop(lines);
         self.kick(kicks);
         self.lapics.iter().for_each(|lapic| lapic.reset(false));
+    }
+}
+
+impl PinController for InterruptChips {
+    fn has_interrupt(&self) -> bool {
+        self.pic_output.load(Ordering::SeqCst)
+    }
+
+    fn acknowledge(&self) -> Option<u8> {
+        self.acknowledge_pic()
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        InterruptChips::end_of_interrupt(self, vector);
     }
 }
 
@@ -283,6 +369,9 @@ impl MmioDevice for IoApicPage {
     }
     fn write(&self, offset: u64, data: &[u8]) {
         let sent = self.0.ioapic.lock().write(offset, data);
+        if let Some(engine) = &self.0.engine {
+            engine.follow(&self.0.ioapic);
+        }
         self.0.send(sent);
     }
 }
@@ -290,7 +379,7 @@ impl MmioDevice for IoApicPage {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use berth_engine::Bus;
+    use berth_engine::{Bus, MessageInterrupts};
     use berth_memory::GuestPhysAddr;
 
     fn machine() -> (Arc<InterruptChips>, MachineBus) {
@@ -406,6 +495,79 @@ mod tests {
         software_enable(&chips.lapics[0]);
         redirect(&bus, 16, 0x8051, 0);
         assert_eq!(chips.lapics[0].acknowledge(), Some(0x51));
+    }
+
+    /// An engine's local APICs: what they are told.
+    #[derive(Default)]
+    struct Apics {
+        sent: Mutex<Vec<(u64, u32)>>,
+        pins: Mutex<Vec<(u8, u64, u32)>>,
+        chips: OnceLock<Weak<dyn PinController>>,
+    }
+    impl MessageInterrupts for Apics {
+        fn signal_msi(&self, address: u64, data: u32) -> bool {
+            self.sent.lock().push((address, data));
+            true
+        }
+        fn message_event(&self) -> Option<Box<dyn MessageEvent>> {
+            None
+        }
+    }
+    impl LocalApics for Apics {
+        fn set_pin(&self, pin: u8, address: u64, data: u32) {
+            self.pins.lock().push((pin, address, data));
+        }
+        fn connect(&self, controllers: Weak<dyn PinController>) {
+            let _ = self.chips.set(controllers);
+        }
+    }
+    struct Kicks(AtomicUsize);
+    impl VcpuHandle for Kicks {
+        fn kick(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        fn stop(&self) {}
+    }
+
+    #[test]
+    fn an_engine_with_local_apics_gets_messages_and_tells_their_ends() {
+        let apics = Arc::new(Apics::default());
+        let chips = InterruptChips::with_engine_apics(apics.clone());
+        let mut bus = MachineBus::new();
+        chips.register(&mut bus).unwrap();
+        redirect(&bus, 5, 0x45, 0);
+        redirect(&bus, 16, 0x8050, 1);
+        // Masked, and the same again: nothing new for the engine.
+        redirect(&bus, 16, 0x1_8050, 1);
+        redirect(&bus, 16, 0x8050, 1);
+        assert_eq!(apics.pins.lock().last(), Some(&(16, 0xfee0_1000, 0xc050)));
+        assert!(apics.pins.lock().iter().all(|&(pin, ..)| pin == 16));
+        chips.line(5).unwrap().pulse();
+        let line = chips.line(16).unwrap();
+        line.set(true);
+        let controller = apics.chips.get().unwrap().upgrade().unwrap();
+        controller.end_of_interrupt(0x50);
+        line.set(false);
+        controller.end_of_interrupt(0x50);
+        assert_eq!(*apics.sent.lock(), [(0xfee0_0000, 0x4045), (0xfee0_1000, 0xc050), (0xfee0_1000, 0xc050)]);
+    }
+
+    #[test]
+    fn the_pic_kicks_the_bootstrap_processor_of_an_engine() {
+        let apics = Arc::new(Apics::default());
+        let chips = InterruptChips::with_engine_apics(apics.clone());
+        let kicks = Arc::new(Kicks(AtomicUsize::new(0)));
+        chips.attach(VcpuId(0), kicks.clone());
+        let mut bus = MachineBus::new();
+        chips.register(&mut bus).unwrap();
+        init_pic(&bus);
+        assert!(!PinController::has_interrupt(&*chips));
+        chips.line(4).unwrap().pulse();
+        assert!(PinController::has_interrupt(&*chips));
+        assert_eq!(kicks.0.load(Ordering::SeqCst), 1);
+        assert_eq!(PinController::acknowledge(&*chips), Some(0x34));
+        assert!(!PinController::has_interrupt(&*chips));
+        assert_eq!(PinController::acknowledge(&*chips), None);
     }
 
     #[test]

@@ -79,6 +79,11 @@ impl IoApic {
         sent
     }
 
+    /// What `pin` sends, unless it is masked.
+    pub fn message(&self, pin: u8) -> Option<Message> {
+        (pin < PINS).then(|| self.send(pin)).flatten().map(|(_, message)| message)
+    }
+
     /// No local APIC took the message of `pin`: no EOI will come for it.
     pub fn undelivered(&mut self, pin: u8) {
         if let Some(entry) = self.entries.get_mut(usize::from(pin)) {

@@ -75,6 +75,24 @@ impl Message {
             level: data & LEVEL != 0,
         })
     }
+
+    /// Address and data of the same message as an MSI, for a local APIC of the engine. `None` where that cannot be,
+    /// and for what local APICs here drop.
+    pub fn to_msi(self) -> Option<(u64, u32)> {
+        const WINDOW: u64 = 0xfee0_0000;
+        const ASSERT: u32 = 1 << 14;
+        let mode = match self.mode {
+            DeliveryMode::Fixed => 0,
+            DeliveryMode::LowestPriority => 1,
+            DeliveryMode::Nmi => 4,
+            DeliveryMode::Init => 5,
+            DeliveryMode::Startup => 6,
+            DeliveryMode::Smi | DeliveryMode::Reserved | DeliveryMode::ExtInt => return None,
+        };
+        let destination = u64::from(u8::try_from(self.destination).ok()?);
+        let address = WINDOW | destination << 12 | u64::from(self.logical) << 2;
+        Some((address, u32::from(self.vector) | mode << 8 | ASSERT | u32::from(self.level) << 15))
+    }
 }
 
 /// What decides whether a message reaches a local APIC; packed so that other threads read it at once.
@@ -173,6 +191,8 @@ mod tests {
         let m = Message::from_msi(0xfee0_3004, 0xc141).unwrap();
         assert_eq!((m.vector, m.mode, m.destination), (0x41, DeliveryMode::LowestPriority, 3));
         assert!(m.logical && m.level && !m.wide);
+        assert_eq!(m.to_msi(), Some((0xfee0_3004, 0xc141)));
+        assert_eq!(Message { destination: 256, ..m }.to_msi(), None);
         assert_eq!(Message::from_msi(0xfed0_0000, 0x41), None);
         assert_eq!(Message::from_msi(0x1_fee0_0000, 0x41), None);
     }

@@ -26,6 +26,11 @@ impl Dma {
         let _ = self.engine.set(engine);
     }
 
+    /// The engine, once it is connected.
+    pub(super) fn engine(&self) -> Option<&Arc<dyn Engine>> {
+        self.engine.get()
+    }
+
     /// The memory itself. Whoever writes to it by other means than [`Self::write`] calls [`Self::written`].
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

@@ -27,6 +27,7 @@ mod chain;
 pub mod console;
 mod device;
 mod dma;
+mod doorbells;
 mod events;
 mod msix;
 pub mod net;
@@ -35,6 +36,7 @@ mod queue;
 pub mod rng;
 mod status;
 mod transport;
+mod vectors;
 pub mod vsock;
 
 pub use chain::{Buffer, Buffers, Chain};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use super::vectors::Vectors;
 use crate::bytes;
 use crate::irq::{IrqLine, MsiSink};
 
@@ -57,12 +58,15 @@ pub struct Interrupts {
     state: Mutex<InterruptState>,
     line: IrqLine,
     msi: Arc<dyn MsiSink>,
+    /// Taken while `state` is held.
+    vectors: Mutex<Vectors>,
 }
 
 impl Interrupts {
     /// For a device with `queues` queues: a vector each, and one for changes of the configuration.
     pub fn new(queues: usize, line: IrqLine, msi: Arc<dyn MsiSink>) -> Self {
-        Self { state: Mutex::new(InterruptState::new(queues, queues + 1)), line, msi }
+        let vectors = Mutex::new(Vectors::new(queues + 1));
+        Self { state: Mutex::new(InterruptState::new(queues, queues + 1)), line, msi, vectors }
     }
 
     /// How many vectors there are.
@@ -99,7 +103,21 @@ impl Interrupts {
         };
         *pending = state.function_masked || entry.control & MASKED != 0;
         if !*pending && state.bus_master {
-            self.msi.send_msi(entry.address, entry.data);
+            let (address, data) = (entry.address, entry.data);
+            if !self.vectors.lock().send(vector, address, data) {
+                self.msi.send_msi(address, data);
+            }
+        }
+    }
+
+    /// Tells the engine which messages can be sent now.
+    fn set_vectors(&self, state: &InterruptState) {
+        if state.enabled && state.bus_master && !state.function_masked {
+            let mut vectors = self.vectors.lock();
+            for (index, entry) in state.table.iter().enumerate() {
+                let message = (entry.control & MASKED == 0).then_some((entry.address, entry.data));
+                vectors.set(index, message, self.msi.as_ref());
+            }
         }
     }
 
@@ -136,6 +154,7 @@ impl Interrupts {
         (state.enabled, state.function_masked) = (enabled, function_masked);
         (state.bus_master, state.pin_off) = (bus_master, pin_off);
         self.drive_line(&state);
+        self.set_vectors(&state);
         self.send_pending(&mut state);
     }
 
@@ -193,6 +212,7 @@ impl Interrupts {
             (12, 4) => entry.control = value as u32 & MASKED,
             _ => return,
         }
+        self.set_vectors(&state);
         self.send_pending(&mut state);
     }
 
@@ -237,6 +257,7 @@ impl Interrupts {
         }
         *state = saved.clone();
         self.drive_line(&state);
+        self.set_vectors(&state);
         true
     }
 }

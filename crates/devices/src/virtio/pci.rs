@@ -7,12 +7,13 @@
 
 use std::sync::Arc;
 
+use berth_memory::GuestPhysAddr;
 use berth_memory::layout::ports::PCI_INTX_GSI;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::device::read_config_bytes;
+use super::doorbells::Doorbells;
 use super::msix::{ENTRY_SIZE, InterruptState, Interrupts};
 use super::queue::Link;
 use super::status::Status;
@@ -85,7 +86,7 @@ pub struct VirtioPci {
     window_capability: u8,
     /// Taken before the locks of interrupts and queues.
     transport: Mutex<Transport>,
-    doorbells: Vec<Arc<EventFd>>,
+    doorbells: Doorbells,
 }
 
 impl VirtioPci {
@@ -122,8 +123,8 @@ impl VirtioPci {
         let window_capability = config.add_capability(CAPABILITY_VENDOR, &window, &writable)?;
 
         let link = Arc::new(Link { name: name.to_owned(), status: Status::default(), interrupts });
-        let transport = Transport::new(device.clone(), link.clone(), wiring.dma)?;
-        let doorbells = transport.doorbells();
+        let transport = Transport::new(device.clone(), link.clone(), wiring.dma.clone())?;
+        let doorbells = Doorbells::new(transport.doorbells(), wiring.dma, NOTIFY_STEP.into());
         let (config, transport) = (Mutex::new(config), Mutex::new(transport));
         Ok(Self { device, link, config, msix_capability, window_capability, transport, doorbells })
     }
@@ -133,6 +134,7 @@ impl VirtioPci {
         self.transport.lock().reset();
         let mut config = self.config.lock();
         config.reset();
+        self.place_doorbells(&config);
         config.set(usize::from(self.msix_capability + MSIX_CONTROL) + 1, &[0]);
         self.link.interrupts.reset();
     }
@@ -167,15 +169,17 @@ impl VirtioPci {
         if !self.link.interrupts.restore(&state.interrupts) {
             return Err(bad("it has another number of interrupts".to_owned()));
         }
-        self.config.lock().restore(&state.config);
+        let mut config = self.config.lock();
+        config.restore(&state.config);
+        self.place_doorbells(&config);
+        drop(config);
         self.device.restore(&state.device).map_err(bad)
     }
 
-    fn notify(&self, queue: u64) {
-        if let Some(doorbell) = usize::try_from(queue).ok().and_then(|q| self.doorbells.get(q)) {
-            // It cannot fail but for a full counter, and then the thread is told already.
-            let _ = doorbell.write(1);
-        }
+    /// Tells the doorbells where the BAR is now.
+    fn place_doorbells(&self, config: &ConfigSpace) {
+        let bar = config.bars().into_iter().find(|range| range.bar == BAR);
+        self.doorbells.place(bar.map(|range| GuestPhysAddr(range.start + NOTIFY)));
     }
 
     /// Tells the interrupts what the configuration space says of them.
@@ -257,6 +261,7 @@ impl PciFunction for VirtioPci {
             return;
         }
         self.apply_control(&config);
+        self.place_doorbells(&config);
     }
 
     fn bars(&self) -> Vec<BarRange> {
@@ -280,7 +285,7 @@ impl PciFunction for VirtioPci {
         match offset - at {
             COMMON => self.transport.lock().write(at, data),
             DEVICE => self.device.write_config(at, data),
-            NOTIFY => self.notify(at / u64::from(NOTIFY_STEP)),
+            NOTIFY => self.doorbells.ring(at),
             TABLE => self.link.interrupts.table_write(at, data),
             _ => {}
         }

@@ -198,7 +198,7 @@ fn impossible_states_are_refused() {
     let memory = berth_memory::GuestMemory::new(1 << 20).unwrap();
     let engine = berth_tests_system::engine::create(&memory, 1, 8 << 20);
     let apic = match engine.interrupt_controllers() {
-        InterruptControllers::Engine(_) => None,
+        InterruptControllers::Engine(_) | InterruptControllers::LocalApics(_) => None,
         controllers @ InterruptControllers::Devices => {
             let apics = Arc::new(std::sync::OnceLock::new());
             Some(Arc::new(TestApic::new(0, &apics, controllers)) as Arc<dyn LocalApic>)

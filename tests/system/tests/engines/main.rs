@@ -4,6 +4,7 @@ mod accesses;
 mod debugging;
 mod engine_contract;
 mod exceptions;
+mod fast_paths;
 mod floating_point;
 mod interrupts;
 mod mode_switches;
@@ -22,6 +23,7 @@ fn main() {
         Group { name: "debugging", cases: debugging::CASES },
         Group { name: "engine_contract", cases: engine_contract::CASES },
         Group { name: "exceptions", cases: exceptions::CASES },
+        Group { name: "fast_paths", cases: fast_paths::CASES },
         Group { name: "floating_point", cases: floating_point::CASES },
         Group { name: "interrupts", cases: interrupts::CASES },
         Group { name: "mode_switches", cases: mode_switches::CASES },
