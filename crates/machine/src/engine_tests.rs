@@ -69,12 +69,19 @@ fn image(name: &str, main: impl Fn(&mut CodeAssembler), handler: impl Fn(&mut Co
     let header = [magic, flags, 0_u32.wrapping_sub(magic + flags), start, start, 0, 0, start + 32];
     put(0, &header.map(u32::to_le_bytes).concat());
     put(32, &assembled(32, LOAD_AT + 32, to_long_mode));
-    put(MAIN, &assembled(64, LOAD_AT + MAIN, |a| prologue(a).and_then(|()| Ok(main(a))).unwrap()));
+    put(
+        MAIN,
+        &assembled(64, LOAD_AT + MAIN, |a| {
+            prologue(a).unwrap();
+            main(a);
+        }),
+    );
     put(HANDLER, &assembled(64, LOAD_AT + HANDLER, handler));
 
-    put(PML4, &(LOAD_AT + PDPT | 3).to_le_bytes());
-    put(PDPT, &(LOAD_AT + LOW_DIRECTORY | 3).to_le_bytes());
-    put(PDPT + 3 * 8, &(LOAD_AT + DEVICE_DIRECTORY | 3).to_le_bytes());
+    let present = |table: u64| ((LOAD_AT + table) | 3).to_le_bytes();
+    put(PML4, &present(PDPT));
+    put(PDPT, &present(LOW_DIRECTORY));
+    put(PDPT + 3 * 8, &present(DEVICE_DIRECTORY));
     for n in 0..512 {
         // 2 MiB each, from 0 and from 3 GiB on.
         put(LOW_DIRECTORY + n * 8, &(n << 21 | 0x83).to_le_bytes());
