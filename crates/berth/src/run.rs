@@ -11,7 +11,9 @@ use berth_guest_image::GuestImageError;
 use berth_host::{Cpu, EngineChoice, EngineName};
 use berth_image::ImageError;
 use berth_machine::options::{DiskOptions, size};
-use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome};
+use berth_machine::{
+    BoardError, EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome, VirtioError,
+};
 
 use crate::boot::{self, Boot};
 use crate::cli::RunArguments;
@@ -52,7 +54,10 @@ impl RunError {
     /// The exit code of the command: 2 when the user's description of the VM makes no sense, else 1.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::File(VmFileError::Content { .. }) => ExitCode::from(2),
+            Self::File(VmFileError::Content { .. })
+            | Self::Machine(MachineError::Board(BoardError::Virtio(
+                VirtioError::Options(_) | VirtioError::TooMany,
+            ))) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }

@@ -5,6 +5,8 @@ use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
+use berth_devices::virtio::block::{BlockCounters, BlockError};
+use berth_devices::virtio::net::NetCounters;
 use berth_memory::GuestMemory;
 
 use crate::board::Board;
@@ -57,6 +59,22 @@ impl MachineControl {
     /// [`DiskResizeError`].
     pub fn resize_disk(&self, id: &str, size: u64) -> Result<(), DiskResizeError> {
         self.board.virtio().resize_disk(id, size)
+    }
+
+    /// Each disk's id and what it has done since the machine was made.
+    pub fn disk_counters(&self) -> Vec<(String, BlockCounters)> {
+        self.board.virtio().disk_counters()
+    }
+
+    /// Each network interface's id (`net0` is the first without one) and what it has carried.
+    pub fn net_counters(&self) -> Vec<(String, NetCounters)> {
+        self.board.virtio().net_counters()
+    }
+
+    /// Calls `sink` with a disk's id on each request that the host cannot do: the guest gets an I/O error then. It is
+    /// called on threads of the disk, and holds the disk up while it works. Only the first call counts.
+    pub fn on_disk_error(&self, sink: impl Fn(&str, BlockError) + Send + Sync + 'static) {
+        self.board.virtio().on_disk_error(sink);
     }
 
     /// How large the user's terminal is, for a virtio console; a serial port cannot tell its guest.

@@ -27,6 +27,8 @@ mod vcpu_thread;
 mod virtio;
 
 pub use berth_devices::virtio::balloon::{BalloonStatus, Statistics};
+pub use berth_devices::virtio::block::{BlockCounters, BlockError, BlockOperation};
+pub use berth_devices::virtio::net::NetCounters;
 pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
 pub use control::{BalloonControl, MachineControl};

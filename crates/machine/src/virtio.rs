@@ -8,9 +8,9 @@ use berth_devices::irq::IrqError;
 use berth_devices::pci::{PciError, PciRoot, intx_gsi};
 use berth_devices::thread_name;
 use berth_devices::virtio::balloon::{Balloon, BalloonFeatures};
-use berth_devices::virtio::block::{Block, BlockOptions};
+use berth_devices::virtio::block::{Block, BlockCounters, BlockError, BlockOptions};
 use berth_devices::virtio::console::{Console, Output};
-use berth_devices::virtio::net::{Cable, Net, Stream, StreamError, Tap, TapError};
+use berth_devices::virtio::net::{Cable, Net, NetCounters, Stream, StreamError, Tap, TapError};
 use berth_devices::virtio::rng::Rng;
 use berth_devices::virtio::vsock::Vsock;
 use berth_devices::virtio::{Dma, PciWiring, VirtioDevice, VirtioPci, VirtioPciError};
@@ -101,6 +101,7 @@ pub enum DiskResizeError {
 pub struct VirtioDevices {
     functions: Vec<Arc<VirtioPci>>,
     disks: Vec<(String, Arc<Block>)>,
+    nets: Vec<(String, Arc<Net>)>,
     console: Option<Arc<Console>>,
     balloon: Option<Arc<Balloon>>,
     dma: Dma,
@@ -123,6 +124,7 @@ impl VirtioDevices {
         let mut made = Self {
             functions: Vec::new(),
             disks: Vec::new(),
+            nets: Vec::new(),
             console: None,
             balloon: None,
             dma: Dma::new(memory.clone()),
@@ -130,17 +132,19 @@ impl VirtioDevices {
         let wiring = Wiring { interrupts, pci };
         let thread = |role: &str| thread_name(&config.name, role);
         for (index, disk) in options.disk.iter().enumerate() {
-            let id = disk.id.clone().unwrap_or_else(|| format!("disk{index}"));
+            let id = disk.id_at(index);
             let block = Arc::new(open_disk(disk, index, config)?);
             made.disks.push((id.clone(), block.clone()));
             made.add(block, &id, &wiring)?;
         }
         for (index, net) in options.net.iter().enumerate() {
-            let id = net.id.clone().unwrap_or_else(|| format!("net{index}"));
+            let id = net.id_at(index);
             let cable = connect(net, config.vcpus)?;
             let mac = net.mac.unwrap_or_else(|| MacAddress::of_vm(&config.name, index));
             let names = (0..=cable.pairs()).map(|pair| thread(&format!("net{index}.{pair}"))).collect();
-            made.add(Arc::new(Net::new(mac.0, cable, names)), &id, &wiring)?;
+            let device = Arc::new(Net::new(mac.0, cable, names));
+            made.nets.push((id.clone(), device.clone()));
+            made.add(device, &id, &wiring)?;
         }
         if let Some(vsock) = &options.vsock {
             let device = Vsock::new(vsock.cid, &vsock.path, thread("vsock"))
@@ -215,6 +219,25 @@ impl VirtioDevices {
     /// The balloon, if there is one.
     pub fn balloon(&self) -> Option<&Balloon> {
         self.balloon.as_deref()
+    }
+
+    /// Each disk's id and what it has done.
+    pub fn disk_counters(&self) -> Vec<(String, BlockCounters)> {
+        self.disks.iter().map(|(id, disk)| (id.clone(), disk.counters())).collect()
+    }
+
+    /// Each network interface's id and what it has carried.
+    pub fn net_counters(&self) -> Vec<(String, NetCounters)> {
+        self.nets.iter().map(|(id, net)| (id.clone(), net.counters())).collect()
+    }
+
+    /// Calls `sink` with a disk's id on each request that the host cannot do. Only the first call counts.
+    pub fn on_disk_error(&self, sink: impl Fn(&str, BlockError) + Send + Sync + 'static) {
+        let sink = Arc::new(sink);
+        for (id, disk) in &self.disks {
+            let (id, sink) = (id.clone(), sink.clone());
+            disk.on_error(move |error| sink(&id, error));
+        }
     }
 
     /// Makes a disk larger.

@@ -67,9 +67,23 @@ impl Guest {
         command: &str,
         limit: Duration,
     ) -> Result<Self, GuestError> {
+        Self::start_by(&mut Command::new(berth), initrd, arguments, command, limit)
+    }
+
+    /// [`Self::start`] with a command that starts `berth` with the arguments that are added to it.
+    ///
+    /// # Errors
+    /// [`GuestError::Process`].
+    pub fn start_by(
+        berth: &mut Command,
+        initrd: &Path,
+        arguments: &[&str],
+        command: &str,
+        limit: Duration,
+    ) -> Result<Self, GuestError> {
         // The kernel's command line has no way to quote a double quote, and ends at a newline.
         assert!(!command.contains(['"', '\n']), "not possible on a kernel command line: {command}");
-        let mut process = Command::new(berth)
+        let mut process = berth
             .arg("run")
             .args(arguments)
             .arg("--initrd")
@@ -119,6 +133,13 @@ impl Guest {
     /// What the console shows from now on, as far as it is there already.
     pub fn new_lines(&mut self) -> Vec<String> {
         let lines: Vec<String> = self.lines.try_iter().collect();
+        self.seen.extend(lines.iter().cloned());
+        lines
+    }
+
+    /// All lines that the process still prints; returns when it has ended.
+    pub fn last_lines(&mut self) -> Vec<String> {
+        let lines: Vec<String> = self.lines.iter().collect();
         self.seen.extend(lines.iter().cloned());
         lines
     }

@@ -10,19 +10,38 @@
 mod berth;
 mod console;
 mod guest;
+mod host_programs;
 mod initrd;
+pub mod kills;
+mod namespace;
+mod noise;
 mod programs;
 
 pub use berth::{BuildError, berth};
 pub use console::Console;
 pub use guest::{Ended, Guest, GuestError};
-pub use initrd::{InitrdError, initrd_with};
+pub use host_programs::host_program;
+pub use initrd::{File, InitrdError, initrd_with};
+pub use namespace::Namespace;
+pub use noise::Noise;
 pub use programs::{PROGRAMS, ProgramError, compile_all};
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use berth_guest_image::GuestImageError;
+
+/// Bytes that tests send through sockets and networks: 12 MiB, enough for many rounds of every buffer, or as many MiB as
+/// the environment variable `BERTH_TEST_TRANSFER_MIB` says.
+pub fn transfer() -> u64 {
+    let mib = std::env::var("BERTH_TEST_TRANSFER_MIB").ok().and_then(|text| text.parse().ok());
+    mib.unwrap_or(12_u64) << 20
+}
+
+/// So long may a guest of a test live that sends [`transfer`] bytes: generous, hosts may be busy.
+pub fn transfer_limit() -> std::time::Duration {
+    std::time::Duration::from_secs(150 + (transfer() >> 20))
+}
 
 /// What a test needs on this host.
 pub struct Setup {
@@ -44,6 +63,9 @@ pub enum SetupError {
     /// A test program does not build.
     #[error(transparent)]
     Program(#[from] ProgramError),
+    /// A program of the host cannot be read.
+    #[error("cannot read a program for the guest: {0}")]
+    HostProgram(#[source] std::io::Error),
     /// No default guest.
     #[error(transparent)]
     Guest(GuestImageError),
@@ -58,6 +80,14 @@ pub enum SetupError {
 /// # Errors
 /// Any [`SetupError`].
 pub fn set_up(programs: &Path) -> Result<Setup, SetupError> {
+    set_up_with(programs, &[])
+}
+
+/// [`set_up`] with programs of the host in the guest too.
+///
+/// # Errors
+/// Any [`SetupError`].
+pub fn set_up_with(programs: &Path, of_host: &[&str]) -> Result<Setup, SetupError> {
     if Command::new("gcc").arg("--version").output().is_err() {
         return Err(SetupError::Lacking("the test programs need gcc".to_owned()));
     }
@@ -67,6 +97,11 @@ pub fn set_up(programs: &Path) -> Result<Setup, SetupError> {
         e => SetupError::Guest(e),
     })?;
     let berth = berth()?;
-    let initrd = initrd_with(&guest.initrd, &compile_all(programs)?)?;
+    let mut files = compile_all(programs)?;
+    for name in of_host {
+        let found = host_program(name).map_err(SetupError::HostProgram)?;
+        files.extend(found.ok_or_else(|| SetupError::Lacking(format!("{name} is not installed")))?);
+    }
+    let initrd = initrd_with(&guest.initrd, &files)?;
     Ok(Setup { berth, initrd })
 }

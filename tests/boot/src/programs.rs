@@ -5,6 +5,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::initrd::File;
+
 /// For 64-bit programs: the instruction set that the guest is promised, and AES and PCLMUL.
 const FLAGS_64: [&str; 6] = ["-static", "-march=x86-64-v3", "-maes", "-mpclmul", "-mcx16", "-pthread"];
 /// For the 32-bit program, which brings its own `_start`.
@@ -25,6 +27,13 @@ pub const PROGRAMS: [&str; 10] =
 
 /// Names of programs that tests of devices run with arguments.
 const DEVICE_PROGRAMS: [&str; 2] = ["writer", "vsock"];
+
+/// Scripts for the guest's shell.
+const SCRIPTS: [(&str, &str); 3] = [
+    ("fio-rounds.sh", include_str!("../programs/fio-rounds.sh")),
+    ("bridged.sh", include_str!("../programs/bridged.sh")),
+    ("exchange.sh", include_str!("../programs/exchange.sh")),
+];
 
 /// Why there is no program.
 #[derive(Debug, thiserror::Error)]
@@ -50,14 +59,17 @@ pub enum ProgramError {
     },
 }
 
-/// Compiles all programs; returns name and content of each. What was compiled from the same text is kept in
+/// Compiles all programs; returns them and the scripts, in `/tests`. What was compiled from the same text is kept in
 /// `directory`.
 ///
 /// # Errors
 /// Any [`ProgramError`].
-pub fn compile_all(directory: &Path) -> Result<Vec<(&'static str, Vec<u8>)>, ProgramError> {
+pub fn compile_all(directory: &Path) -> Result<Vec<File>, ProgramError> {
     fs::create_dir_all(directory).map_err(file("create", directory))?;
-    PROGRAMS.into_iter().chain(DEVICE_PROGRAMS).map(|name| Ok((name, compile(name, directory)?))).collect()
+    let in_tests = |name: &str, content| File { path: format!("/tests/{name}"), content };
+    let scripts = SCRIPTS.into_iter().map(|(name, text)| Ok(in_tests(name, text.as_bytes().to_vec())));
+    let programs = PROGRAMS.into_iter().chain(DEVICE_PROGRAMS);
+    programs.map(|name| Ok(in_tests(name, compile(name, directory)?))).chain(scripts).collect()
 }
 
 fn compile(name: &'static str, directory: &Path) -> Result<Vec<u8>, ProgramError> {

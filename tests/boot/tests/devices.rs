@@ -2,26 +2,33 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use berth_tests_boot::{Ended, Guest, Setup, SetupError, set_up};
+use berth_tests_boot::kills::{Kills, check_qcow2};
+use berth_tests_boot::{Ended, Guest, Noise, Setup, SetupError, set_up, set_up_with, transfer};
 
 /// Generous: the tests may share a small machine with others.
 const LIMIT: Duration = Duration::from_secs(150);
 /// As in `programs/writer.c`.
 const BLOCK: usize = 4096;
 const PLACES: u64 = 1024;
-/// Bytes that go through sockets and networks: enough for many rounds of every buffer.
-const TRANSFER: usize = 12 << 20;
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup() -> Option<Setup> {
-    match set_up(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")) {
+    usable(set_up(&programs()))
+}
+
+fn programs() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")
+}
+
+fn usable(setup: Result<Setup, SetupError>) -> Option<Setup> {
+    match setup {
         Ok(setup) => Some(setup),
         Err(SetupError::Lacking(what)) => {
             println!("skipped: {what}");
@@ -51,18 +58,6 @@ fn run(program: &Path, arguments: &[&str]) -> String {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{arguments:?}: {said}");
     String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// Bytes that do not repeat soon (xorshift64).
-fn noise(len: usize) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let words = std::iter::repeat_with(|| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.flatten().take(len).collect()
 }
 
 /// Whether every block of `disk` up to number `durable` is there, or a later one at its place.
@@ -104,7 +99,7 @@ fn killed_while_writing(name: &str, options: &str, kills: usize) {
         let durable = last.unwrap_or(next.next_multiple_of(8));
         let raw = directory.path().join("raw.img");
         if name.ends_with(".qcow2") {
-            check_qcow2(path);
+            check_qcow2(path).unwrap();
             let _ = fs::remove_file(&raw);
             run(&setup.berth, &["disk", "convert", path, raw.to_str().unwrap()]);
             check_blocks(&raw, durable);
@@ -114,17 +109,6 @@ fn killed_while_writing(name: &str, options: &str, kills: usize) {
         next = durable + 1;
     }
     assert!(next > kills as u64, "it wrote next to nothing: {next} blocks");
-}
-
-/// No errors; clusters that nobody uses any more are none (exit code 3 of qemu-img).
-fn check_qcow2(path: &str) {
-    match Command::new("qemu-img").args(["check", "-f", "qcow2", path]).output() {
-        Ok(output) => {
-            let said = String::from_utf8_lossy(&output.stdout);
-            assert!(matches!(output.status.code(), Some(0 | 3)), "{said}");
-        }
-        Err(_) => println!("skipped: qemu-img, which would check the image, is not installed"),
-    }
 }
 
 #[test]
@@ -137,12 +121,33 @@ fn qcow2_disks_survive_kills() {
     killed_while_writing("disk.qcow2", ",cache=none", 2);
 }
 
+/// The long form is `cargo xtask soak kill`.
+fn killed_while_fio_writes(name: &str, options: &str, count: u32) {
+    let Some(setup) = usable(set_up_with(&programs(), &["fio"])) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let disk = directory.path().join(name);
+    let survived = Kills { setup: &setup, disk, options, count, seed: 0x5eed }.run(|_| {});
+    let survived = survived.unwrap_or_else(|e| panic!("{e}"));
+    assert!(survived.kills == count && survived.rounds >= u64::from(count), "{survived:?}");
+}
+
+#[test]
+fn what_fio_flushed_to_a_raw_disk_survives_kills() {
+    killed_while_fio_writes("disk.img", "", 3);
+}
+
+#[test]
+fn what_fio_flushed_to_a_qcow2_disk_survives_kills() {
+    killed_while_fio_writes("disk.qcow2", "", 2);
+}
+
 #[test]
 fn disks_keep_what_the_guest_wrote_when_it_powers_off() {
     let Some(setup) = setup() else { return };
     let directory = tempfile::tempdir().unwrap();
     let (raw, qcow2) = (directory.path().join("a.img"), directory.path().join("b.qcow2"));
-    let content = noise(8 << 20);
+    let mut content = Vec::new();
+    Noise::new(8 << 20).read_to_end(&mut content).unwrap();
     fs::write(&raw, &content).unwrap();
     let path = qcow2.to_str().unwrap();
     run(&setup.berth, &["disk", "create", path, "8M"]);
@@ -168,7 +173,7 @@ fn disks_keep_what_the_guest_wrote_when_it_powers_off() {
         "{:#?}",
         ended.console
     );
-    check_qcow2(path);
+    check_qcow2(path).unwrap();
     let copy = directory.path().join("copy.img");
     run(&setup.berth, &["disk", "convert", path, copy.to_str().unwrap()]);
     assert!(fs::read(&copy).unwrap() == content, "the copy is not what was copied");
@@ -190,18 +195,16 @@ fn a_disk_in_use_is_refused_and_says_by_whom() {
     assert!(second.complaints.contains("--name holder"), "{}", second.complaints);
 }
 
-/// Sends `data` and gets it back.
-fn echo(stream: &UnixStream, data: &[u8]) {
+/// Sends `len` bytes and gets them back.
+fn echo(stream: &UnixStream, len: u64) {
     stream.set_read_timeout(Some(LIMIT)).unwrap();
-    let mut back = vec![0; data.len()];
     thread::scope(|s| {
         s.spawn(|| {
-            (&*stream).write_all(data).unwrap();
+            std::io::copy(&mut Noise::new(len), &mut &*stream).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
         });
-        (&*stream).read_exact(&mut back).unwrap();
+        assert!(Noise::new(len).is_same(stream).unwrap(), "the echo is not what was sent");
     });
-    assert!(back == data, "the echo is not what was sent");
 }
 
 #[test]
@@ -209,7 +212,7 @@ fn sockets_carry_data_both_ways() {
     let Some(setup) = setup() else { return };
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("v");
-    let data = noise(TRANSFER);
+    let len = transfer();
     let listener = UnixListener::bind(directory.path().join("v_77")).unwrap();
     let arguments = ["--cpus", "2", "--vsock", path.to_str().unwrap()];
     let mut guest = start(&setup, &arguments, "/tests/vsock listen 52; /tests/vsock connect 77");
@@ -223,69 +226,12 @@ fn sockets_carry_data_both_ways() {
         answer.push(byte[0]);
     }
     assert!(answer.starts_with(b"OK "), "{answer:?}");
-    echo(&host, &data);
+    echo(&host, len);
     let (host, _) = listener.accept().unwrap();
-    echo(&host, &data);
+    echo(&host, len);
     let ended = wait(guest);
-    let echoed = format!("echoed {TRANSFER}");
+    let echoed = format!("echoed {len}");
     assert_eq!(ended.console.iter().filter(|l| **l == echoed).count(), 2, "{:#?}", ended.console);
-}
-
-#[test]
-fn user_networking_reaches_the_host_and_back() {
-    if Command::new("passt").arg("--version").output().is_err() {
-        println!("skipped: passt is not installed");
-        return;
-    }
-    let Some(setup) = setup() else { return };
-    let data = noise(TRANSFER);
-    let sum = sha256(&data);
-    // The host's side: one file over HTTP.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let server = thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut request = [0; 1024];
-        let _ = stream.read(&mut request).unwrap();
-        let head = format!("HTTP/1.0 200 OK\r\nContent-Length: {TRANSFER}\r\n\r\n");
-        stream.write_all(head.as_bytes()).unwrap();
-        stream.write_all(&data).unwrap();
-    });
-    // A port that is free now; nobody else is likely to take it.
-    let forwarded = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    // passt's router is the host.
-    let command = format!(
-        "echo 'ip addr add $ip/24 dev eth0; ip route add $router dev eth0; ip route add default via $router; \
-         echo $router > /tmp/router' > /tmp/script; sed -i 1i#!/bin/sh /tmp/script; chmod +x /tmp/script; \
-         ip link set eth0 up; udhcpc -i eth0 -n -q -s /tmp/script; \
-         echo === sum; wget -q -O - http://$(cat /tmp/router):{port}/ | sha256sum; echo === end; \
-         httpd -p 80 -h /tests; echo serving; sleep 100"
-    );
-    let net = format!("user,forward=tcp:127.0.0.1:{forwarded}:80");
-    let mut guest = start(&setup, &["--cpus", "2", "--net", &net], &command);
-    wait_for_line(&mut guest, &sum);
-    wait_for_line(&mut guest, "serving");
-    server.join().unwrap();
-    let mut stream = TcpStream::connect(("127.0.0.1", forwarded)).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    stream.write_all(b"GET /vsock HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    assert!(answer.starts_with(b"HTTP/1.0 200") || answer.starts_with(b"HTTP/1.1 200"));
-    assert!(answer.windows(4).any(|w| w == b"\x7fELF"), "{} bytes", answer.len());
-    assert!(answer.len() > 100_000);
-}
-
-/// By the host's program, as the guest's sum is by busybox.
-fn sha256(data: &[u8]) -> String {
-    let mut child = Command::new("sha256sum")
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(data).unwrap();
-    let output = child.wait_with_output().unwrap();
-    String::from_utf8_lossy(&output.stdout).split_whitespace().next().unwrap().to_owned()
 }
 
 /// Anonymous memory of a process that is resident, in KiB.

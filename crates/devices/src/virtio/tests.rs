@@ -9,7 +9,7 @@ use berth_disk::{CacheMode, CreateOptions, Format, OpenOptions};
 use parking_lot::Mutex;
 
 use super::balloon::{Balloon, BalloonFeatures};
-use super::block::{Block, BlockOptions};
+use super::block::{Block, BlockCounters, BlockOperation, BlockOptions};
 use super::console::{Console, Output};
 use super::net::{Net, Stream};
 use super::rng::Rng;
@@ -566,4 +566,45 @@ fn packets_go_through_a_stream() {
     // A packet without a header.
     d.request(1, 0, &[(DATA, 11)], &[]);
     d.wait_for_failure();
+}
+
+#[test]
+fn devices_count_what_they_do() {
+    let (_directory, block, mut d) = disk(Format::Raw, BlockOptions::default());
+    d.start(0);
+    let a = DATA + 0x1000;
+    assert_eq!(disk_request(&mut d, 1, 0, &[(a, 1024)], false).0, 0);
+    assert_eq!(disk_request(&mut d, 0, 0, &[(a, 512)], true).0, 0);
+    assert_eq!(disk_request(&mut d, 4, 0, &[], false).0, 0);
+    // Not for the host to do, so nothing of it is counted.
+    assert_eq!(disk_request(&mut d, 0, 4096, &[(a, 512)], true).0, 1);
+    let expected = BlockCounters {
+        reads: 1,
+        read_bytes: 512,
+        writes: 1,
+        written_bytes: 1024,
+        flushes: 1,
+        ..BlockCounters::default()
+    };
+    assert_eq!(block.counters(), expected);
+}
+
+#[test]
+fn requests_that_the_host_cannot_do_are_told() {
+    // Somebody cut the file: what is behind its end cannot be read.
+    let (directory, block, mut d) = disk(Format::Raw, BlockOptions::default());
+    let errors = Arc::new(Mutex::new(Vec::new()));
+    let sink = errors.clone();
+    block.on_error(move |e| sink.lock().push(e));
+    d.start(0);
+    let file = std::fs::File::options().write(true).open(directory.path().join("disk.raw")).unwrap();
+    file.set_len(512 << 10).unwrap();
+    assert_eq!(disk_request(&mut d, 0, 2040, &[(DATA + 0x1000, 4096)], true).0, 1);
+    let errors = errors.lock();
+    assert_eq!(errors.len(), 1);
+    assert_eq!(
+        (errors[0].operation, errors[0].offset, errors[0].len),
+        (BlockOperation::Read, 2040 * 512, 4096)
+    );
+    assert_eq!((block.counters().errors, block.counters().read_bytes), (1, 0));
 }

@@ -33,6 +33,11 @@ pub struct DiskOptions {
 }
 
 impl DiskOptions {
+    /// Its id as disk number `index`, from 0.
+    pub fn id_at(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("disk{index}"))
+    }
+
     pub(super) fn check(&self) -> Result<(), OptionError> {
         if self.path.as_os_str().is_empty() {
             return Err(OptionError("the key path is missing: which file is the disk?".to_owned()));

@@ -56,8 +56,8 @@ impl DeviceOptions {
         self.disk.iter().try_for_each(|d| d.check().map_err(named("disk")))?;
         self.net.iter().try_for_each(|n| n.check().map_err(named("net")))?;
         self.vsock.iter().try_for_each(|v| v.check().map_err(named("vsock")))?;
-        let mut ids: Vec<&str> = self.disk.iter().filter_map(|d| d.id.as_deref()).collect();
-        ids.extend(self.net.iter().filter_map(|n| n.id.as_deref()));
+        let mut ids: Vec<String> = self.disk.iter().enumerate().map(|(i, d)| d.id_at(i)).collect();
+        ids.extend(self.net.iter().enumerate().map(|(i, n)| n.id_at(i)));
         ids.sort_unstable();
         match ids.windows(2).find_map(|pair| (pair.first() == pair.last()).then_some(pair.first())).flatten()
         {
@@ -191,5 +191,8 @@ mod tests {
         let net: NetOptions = "user,id=x".parse().unwrap();
         let options = DeviceOptions { disk: vec![disk], net: vec![net], ..DeviceOptions::default() };
         assert!(options.check().unwrap_err().to_string().contains("\"x\""));
+        // The second has the id disk1 by its place.
+        let disk = ["a.img,id=disk1", "b.img"].map(|d| d.parse().unwrap()).to_vec();
+        assert!(DeviceOptions { disk, ..DeviceOptions::default() }.check().is_err());
     }
 }

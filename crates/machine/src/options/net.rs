@@ -55,6 +55,11 @@ pub enum NetBackend<'a> {
 }
 
 impl NetOptions {
+    /// Its id as interface number `index`, from 0.
+    pub fn id_at(&self, index: usize) -> String {
+        self.id.clone().unwrap_or_else(|| format!("net{index}"))
+    }
+
     /// What the interface is connected to.
     ///
     /// # Errors

@@ -11,6 +11,7 @@
 //! **What is durable when.** A flush that succeeded covers every write that had completed before. A driver that did
 //! not take VIRTIO_BLK_F_FLUSH, and a disk in writethrough mode, get each write completed only when it is durable.
 
+mod account;
 mod pool;
 mod request;
 mod ring;
@@ -28,8 +29,11 @@ use virtio_bindings::bindings::virtio_blk as ids;
 use super::device::{ConfigSignal, read_config_bytes};
 use super::events::Worker;
 use super::{DeviceKind, Session, VirtioDevice};
+use account::{Account, ErrorSink};
 use pool::Pool;
-use worker::QueueWorker;
+use worker::{Disk, QueueWorker};
+
+pub use account::{BlockCounters, BlockError, BlockOperation};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most buffers of one request: its queue's descriptors without header and status.
@@ -57,10 +61,9 @@ pub struct BlockOptions {
 
 /// A disk.
 pub struct Block {
-    image: Arc<dyn Image>,
+    disk: Arc<Disk>,
     options: BlockOptions,
     thread_names: Vec<String>,
-    pool: Arc<Pool>,
     generation: AtomicU8,
     running: Mutex<Running>,
 }
@@ -77,12 +80,15 @@ impl Block {
         let queues = options.queues.max(1);
         let mut thread_names = thread_names;
         thread_names.resize(queues.into(), "berth/disk".to_owned());
+        let mut serial = options.serial.clone().into_bytes();
+        serial.resize(MAX_SERIAL, 0);
         let pool = Pool::new(thread_names[0].clone());
+        let disk =
+            Disk { image, pool, serial, no_ring: options.no_ring, account: Arc::new(Account::default()) };
         Self {
-            image,
+            disk: Arc::new(disk),
             options: BlockOptions { queues, ..options },
             thread_names,
-            pool,
             generation: AtomicU8::new(0),
             running: Mutex::default(),
         }
@@ -90,7 +96,18 @@ impl Block {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.image.size()
+        self.disk.image.size()
+    }
+
+    /// What it has done since it was made.
+    pub fn counters(&self) -> BlockCounters {
+        self.disk.account.counters()
+    }
+
+    /// Calls `sink` on each request that the host cannot do, on the thread that found out. Only the first call counts.
+    pub fn on_error(&self, sink: impl Fn(BlockError) + Send + Sync + 'static) {
+        let sink: ErrorSink = Box::new(sink);
+        self.disk.account.connect(sink);
     }
 
     /// Makes the disk larger, and tells the driver.
@@ -100,7 +117,7 @@ impl Block {
     pub fn grow(&self, size: u64) -> io::Result<()> {
         // Held, so that sizes change one after the other.
         let running = self.running.lock();
-        self.image.grow(size)?;
+        self.disk.image.grow(size)?;
         self.generation.fetch_add(1, Ordering::AcqRel);
         if let Some(config) = &running.config {
             config.send();
@@ -111,8 +128,8 @@ impl Block {
     fn config(&self) -> [u8; CONFIG_SIZE] {
         let mut config = [0; CONFIG_SIZE];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        let block = self.image.block_size();
-        put(0, &(self.image.size() / SECTOR_SIZE).to_le_bytes());
+        let block = self.disk.image.block_size();
+        put(0, &(self.disk.image.size() / SECTOR_SIZE).to_le_bytes());
         put(12, &MAX_SEGMENTS.to_le_bytes());
         put(20, &block.to_le_bytes());
         // Host pages are what files are kept in: one block, or this many.
@@ -144,7 +161,7 @@ impl VirtioDevice for Block {
             | 1 << ids::VIRTIO_BLK_F_BLK_SIZE
             | 1 << ids::VIRTIO_BLK_F_TOPOLOGY
             | 1 << ids::VIRTIO_BLK_F_MQ;
-        if self.image.is_read_only() {
+        if self.disk.image.is_read_only() {
             features |= 1 << ids::VIRTIO_BLK_F_RO;
         } else {
             features |= 1 << ids::VIRTIO_BLK_F_DISCARD | 1 << ids::VIRTIO_BLK_F_WRITE_ZEROES;
@@ -165,17 +182,13 @@ impl VirtioDevice for Block {
 
     fn start(&self, mut session: Session) -> io::Result<()> {
         let flushes = session.has_feature(ids::VIRTIO_BLK_F_FLUSH);
-        let mut serial = self.options.serial.clone().into_bytes();
-        serial.resize(MAX_SERIAL, 0);
         let mut running = self.running.lock();
         running.config = Some(session.config_signal());
         for (index, name) in self.thread_names.iter().enumerate() {
             let Some(queue) = session.take_queue(index) else { continue };
-            let (image, pool) = (self.image.clone(), self.pool.clone());
-            let (serial, no_ring) = (serial.clone(), self.options.no_ring);
-            let worker = Worker::spawn(name.clone(), move |poll| {
-                QueueWorker::new(queue, image, pool, serial, !flushes, no_ring)?.run(poll)
-            });
+            let disk = self.disk.clone();
+            let worker =
+                Worker::spawn(name.clone(), move |poll| QueueWorker::new(queue, disk, !flushes)?.run(poll));
             match worker {
                 Ok(worker) => running.workers.push(worker),
                 Err(e) => {
@@ -190,8 +203,8 @@ impl VirtioDevice for Block {
     fn stop(&self) {
         *self.running.lock() = Running::default();
         // A driver that goes away does not flush; what it wrote is to be there all the same.
-        if !self.image.is_read_only()
-            && let Err(e) = self.image.flush()
+        if !self.disk.image.is_read_only()
+            && let Err(e) = self.disk.image.flush()
         {
             error!("{}: what was written last may be lost: {e}", self.thread_names[0]);
         }

@@ -9,6 +9,7 @@ use berth_disk::Image;
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::account::Account;
 use super::pool::Pool;
 use super::request::{Action, Range, Request, Status};
 use super::ring::{Ring, Transfer};
@@ -22,12 +23,21 @@ const POOL: u64 = 2;
 /// A request of the pool with its result.
 type Done = (Request, io::Result<()>);
 
+/// What all queues of a disk have in common.
+pub struct Disk {
+    pub image: Arc<dyn Image>,
+    pub pool: Arc<Pool>,
+    /// As the driver gets it.
+    pub serial: Vec<u8>,
+    /// Whether io_uring is not used even where the host has it.
+    pub no_ring: bool,
+    pub account: Arc<Account>,
+}
+
 /// One queue and the requests that were taken from it.
 pub struct QueueWorker {
     queue: Arc<Virtqueue>,
-    image: Arc<dyn Image>,
-    pool: Arc<Pool>,
-    serial: Vec<u8>,
+    disk: Arc<Disk>,
     /// Whether a write completes only when it is durable.
     durable_writes: bool,
     ring: Option<Ring<Request>>,
@@ -40,15 +50,8 @@ pub struct QueueWorker {
 }
 
 impl QueueWorker {
-    pub fn new(
-        queue: Virtqueue,
-        image: Arc<dyn Image>,
-        pool: Arc<Pool>,
-        serial: Vec<u8>,
-        durable_writes: bool,
-        no_ring: bool,
-    ) -> io::Result<Self> {
-        let ring = match image.as_raw().filter(|_| !no_ring) {
+    pub fn new(queue: Virtqueue, disk: Arc<Disk>, durable_writes: bool) -> io::Result<Self> {
+        let ring = match disk.image.as_raw().filter(|_| !disk.no_ring) {
             Some(raw) => match Ring::new(raw.file().try_clone()?, queue.size()) {
                 Ok(ring) => Some(ring),
                 Err(e) => {
@@ -60,9 +63,7 @@ impl QueueWorker {
         };
         Ok(Self {
             queue: Arc::new(queue),
-            image,
-            pool,
-            serial,
+            disk,
             durable_writes,
             ring,
             done: channel(),
@@ -123,7 +124,12 @@ impl QueueWorker {
             match queue.pop() {
                 Some(chain) => {
                     budget -= 1;
-                    match Request::read(chain, queue.dma(), self.image.size(), self.image.is_read_only()) {
+                    match Request::read(
+                        chain,
+                        queue.dma(),
+                        self.disk.image.size(),
+                        self.disk.image.is_read_only(),
+                    ) {
                         Some(request) => self.begin(request),
                         None => queue.fail(&"a request of a disk without a place for its status"),
                     }
@@ -157,7 +163,7 @@ impl QueueWorker {
                 self.answer(request, status);
             }
             Action::Identify(buffers) => {
-                buffers.clone().write(self.queue.dma(), &self.serial);
+                buffers.clone().write(self.queue.dma(), &self.disk.serial);
                 self.answer(request, Status::Ok);
             }
             Action::Read(buffers, _) | Action::Write(buffers, _) if buffers.is_empty() => {
@@ -177,7 +183,7 @@ impl QueueWorker {
             _ => (Transfer::Flush, &[], 0),
         };
         let iovecs = self.queue.dma().iovecs(buffers);
-        let (Some(ring), Some(raw)) = (&mut self.ring, self.image.as_raw()) else {
+        let (Some(ring), Some(raw)) = (&mut self.ring, self.disk.image.as_raw()) else {
             return self.begin_in_pool(request);
         };
         if !raw.is_aligned(iovecs.iter().map(|v| (v.iov_base as usize, v.iov_len)), offset) {
@@ -192,10 +198,10 @@ impl QueueWorker {
 
     fn begin_in_pool(&mut self, request: Request) {
         self.pooled += 1;
-        let (queue, image) = (self.queue.clone(), self.image.clone());
+        let (queue, image) = (self.queue.clone(), self.disk.image.clone());
         let (done, event) = (self.done.0.clone(), self.done_event.clone());
         let durable = self.durable_writes;
-        self.pool.run(Box::new(move || {
+        self.disk.pool.run(Box::new(move || {
             let result = execute(&request, image.as_ref(), &queue, durable);
             drop(queue);
             // The receiver waits for it; the event can only be set already.
@@ -230,6 +236,7 @@ impl QueueWorker {
                 self.queue.dma().written(buffer.start, buffer.len.into());
             }
         }
+        self.disk.account.count(&request.action, result);
         let status = match result {
             Ok(()) => Status::Ok,
             Err(e) => {

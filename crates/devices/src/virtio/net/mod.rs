@@ -7,6 +7,7 @@
 //! Offloads (checksums, segmentation) are the tap device's own: headers go through as they are. A stream has none, but
 //! the guest may send packets of 64 KiB there.
 
+mod counters;
 mod pair;
 mod port;
 mod stream;
@@ -21,10 +22,12 @@ use virtio_bindings::bindings::virtio_net as ids;
 use super::device::read_config_bytes;
 use super::events::Worker;
 use super::{Chain, DeviceKind, Session, VirtioDevice, Virtqueue};
+use counters::Traffic;
 use pair::Pair;
 use port::{HEADER, MAX_PACKET};
 
-pub use port::{Cable, Port};
+pub use counters::NetCounters;
+pub use port::{Cable, Port, Received};
 pub use stream::{Stream, StreamError};
 pub use tap::{Tap, TapError};
 
@@ -40,6 +43,7 @@ pub struct Net {
     mac: [u8; 6],
     cable: Arc<dyn Cable>,
     thread_names: Vec<String>,
+    traffic: Arc<Traffic>,
     workers: Mutex<Vec<Worker>>,
 }
 
@@ -48,7 +52,12 @@ impl Net {
     /// queues, and one for commands.
     pub fn new(mac: [u8; 6], cable: Arc<dyn Cable>, mut thread_names: Vec<String>) -> Self {
         thread_names.resize(usize::from(cable.pairs()) + 1, "berth/net".to_owned());
-        Self { mac, cable, thread_names, workers: Mutex::default() }
+        Self { mac, cable, thread_names, traffic: Arc::default(), workers: Mutex::default() }
+    }
+
+    /// What it has carried since it was made.
+    pub fn counters(&self) -> NetCounters {
+        self.traffic.counters()
     }
 
     fn has_control(&self) -> bool {
@@ -106,7 +115,7 @@ impl VirtioDevice for Net {
             let mut port = self.cable.port(index)?;
             port.set_features(session.features)?;
             let least = if segments { MAX_PACKET } else { PLAIN_PACKET };
-            let pair = Pair { receive, transmit, port, mergeable, least };
+            let pair = Pair { receive, transmit, port, mergeable, least, traffic: self.traffic.clone() };
             workers.push(Worker::spawn(name.clone(), move |poll| pair.run(&poll))?);
         }
         self.cable.use_pairs(1)?;

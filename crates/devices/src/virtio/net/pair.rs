@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
 use tracing::warn;
 use vmm_sys_util::epoll::EventSet;
 
-use super::port::{HEADER, MAX_PACKET, Port};
+use super::counters::Traffic;
+use super::port::{HEADER, MAX_PACKET, Port, Received};
 use crate::virtio::events::Poll;
 use crate::virtio::{Buffers, Chain, Virtqueue};
 
@@ -27,6 +29,7 @@ pub struct Pair {
     pub mergeable: bool,
     /// Least room that a packet needs with its header.
     pub least: u64,
+    pub traffic: Arc<Traffic>,
 }
 
 impl Pair {
@@ -81,7 +84,12 @@ impl Pair {
                         self.transmit.fail(&"a packet without a header, or longer than any");
                         break;
                     }
-                    self.port.send(self.transmit.dma(), &mut chain.readable)?;
+                    let bytes = chain.readable.len() - HEADER as u64;
+                    if self.port.send(self.transmit.dma(), &mut chain.readable)? {
+                        self.traffic.sent.count(bytes);
+                    } else {
+                        self.traffic.sent.drop_one();
+                    }
                     self.transmit.push(chain.head, 0);
                     sent += 1;
                 }
@@ -112,8 +120,13 @@ impl Pair {
                 .flat_map(|chain| chain.writable.as_slice().iter().copied())
                 .collect();
             match self.port.receive(self.receive.dma(), &room)? {
-                Some(len) => {
+                Some(Received::Packet(len)) => {
+                    self.traffic.received.count(len.saturating_sub(HEADER as u64));
                     self.give(pool, len);
+                    received += 1;
+                }
+                Some(Received::Dropped) => {
+                    self.traffic.received.drop_one();
                     received += 1;
                 }
                 None => break false,

@@ -10,6 +10,15 @@ pub const HEADER: usize = 12;
 /// Longest packet with its header: what segmentation offload makes of one IP packet and an Ethernet header.
 pub const MAX_PACKET: u64 = 65_535 + 18 + HEADER as u64;
 
+/// What came from the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A packet with its header, of so many bytes.
+    Packet(u64),
+    /// One that did not fit.
+    Dropped,
+}
+
 /// The end of a cable, for one pair of queues.
 pub trait Port: Send {
     /// Becomes readable, and writable, edge by edge.
@@ -19,11 +28,11 @@ pub trait Port: Send {
     /// # Errors
     /// What the host says.
     fn set_features(&mut self, features: u64) -> io::Result<()>;
-    /// Sends a packet with its header. One that cannot be sent now is dropped, as networks do.
+    /// Sends a packet with its header. One that cannot be sent now is dropped, as networks do: `false`.
     ///
     /// # Errors
     /// What the host says: the other end is gone.
-    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<()>;
+    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<bool>;
     /// Whether a packet can be sent now; if not, [`Self::fd`] becomes writable later.
     fn can_send(&self) -> bool {
         true
@@ -35,12 +44,11 @@ pub trait Port: Send {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-    /// Receives a packet with its header into `room`; gives its length, `None` when there is none now. One that does
-    /// not fit is cut off or dropped.
+    /// Receives a packet with its header into `room`; `None` when there is none now.
     ///
     /// # Errors
     /// What the host says: the other end is gone.
-    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<u64>>;
+    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<Received>>;
 }
 
 /// How a network interface is offered to the guest.

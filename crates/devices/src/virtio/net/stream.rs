@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use tracing::debug;
 use virtio_bindings::bindings::virtio_net as ids;
 
-use super::port::{Cable, HEADER, MAX_PACKET, Port};
+use super::port::{Cable, HEADER, MAX_PACKET, Port, Received};
 use crate::virtio::{Buffers, Dma};
 
 const LENGTH: usize = 4;
@@ -228,11 +228,11 @@ impl Port for StreamPort {
         Ok(())
     }
 
-    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<()> {
+    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<bool> {
         packet.take(HEADER as u64);
         let len = packet.len();
         if len == 0 || len > MAX_PACKET {
-            return Ok(());
+            return Ok(false);
         }
         let length = (len as u32).to_be_bytes();
         let mut iovecs = vec![libc::iovec { iov_base: length.as_ptr().cast_mut().cast(), iov_len: LENGTH }];
@@ -257,7 +257,7 @@ impl Port for StreamPort {
             packet.read(dma, &mut rest);
             buffers.output.extend(rest);
         }
-        Ok(())
+        Ok(true)
     }
 
     fn can_send(&self) -> bool {
@@ -277,7 +277,7 @@ impl Port for StreamPort {
         Ok(())
     }
 
-    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<u64>> {
+    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<Received>> {
         let mut buffers = self.buffers.lock();
         let range = loop {
             match buffers.packet()? {
@@ -291,7 +291,10 @@ impl Port for StreamPort {
         // It came from a program of this host.
         header[0] = if self.checked { DATA_VALID } else { 0 };
         let mut room = room.clone();
+        if room.len() < (HEADER + range.len()) as u64 {
+            return Ok(Some(Received::Dropped));
+        }
         let written = room.write(dma, &header) + room.write(dma, &buffers.input[range]);
-        Ok(Some(written as u64))
+        Ok(Some(Received::Packet(written as u64)))
     }
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use virtio_bindings::bindings::virtio_net as ids;
 
-use super::port::{Cable, HEADER, Port};
+use super::port::{Cable, HEADER, Port, Received};
 use crate::virtio::{Buffers, Dma};
 
 const DEVICE: &str = "/dev/net/tun";
@@ -84,8 +84,7 @@ impl Tap {
     /// # Errors
     /// [`TapError`].
     pub fn existing(name: &str, pairs: u16) -> Result<Self, TapError> {
-        let exists = std::path::Path::new("/sys/class/net").join(name).exists();
-        if !exists {
+        if interface_index(name) == 0 {
             let source = io::Error::from_raw_os_error(libc::ENODEV);
             return Err(TapError::Attach { name: name.to_owned(), source, multi: " multi_queue" });
         }
@@ -114,9 +113,7 @@ impl Tap {
         })?;
         let failed = |source| TapError::Bridge { bridge: bridge.to_owned(), source };
         let mut request = request(bridge);
-        // SAFETY: the name is one of ours, ended by NUL.
-        let index = unsafe { libc::if_nametoindex(request_name(&name).as_ptr().cast()) };
-        request.ifr_ifru.ifru_ifindex = index as libc::c_int;
+        request.ifr_ifru.ifru_ifindex = interface_index(&name) as libc::c_int;
         // SAFETY: SIOCBRADDIF reads an ifreq with the bridge's name and an index.
         check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCBRADDIF, &raw const request) }).map_err(failed)?;
         set_up(&socket, &name).map_err(|source| TapError::Setup { doing: "switch on", name, source })?;
@@ -237,24 +234,24 @@ impl Port for TapPort {
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offload)) })
     }
 
-    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<()> {
+    fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<bool> {
         let iovecs = dma.iovecs(packet.as_slice());
         // SAFETY: the iovecs are guest memory, which `dma` keeps mapped; the host only reads it.
         let n = unsafe {
             libc::writev(self.0.as_raw_fd(), iovecs.as_ptr(), iovecs.len().min(1024) as libc::c_int)
         };
         if n >= 0 {
-            return Ok(());
+            return Ok(true);
         }
         match io::Error::last_os_error() {
             // Switched off, or removed.
             e if matches!(e.raw_os_error(), Some(libc::EBADFD | libc::ENODEV)) => Err(e),
             // A packet that the host does not like, or has no room for.
-            _ => Ok(()),
+            _ => Ok(false),
         }
     }
 
-    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<u64>> {
+    fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<Received>> {
         let iovecs = dma.iovecs(room.as_slice());
         loop {
             // SAFETY: the iovecs are guest memory, which `dma` keeps mapped and nobody has references to.
@@ -266,7 +263,7 @@ impl Port for TapPort {
                     for buffer in room.clone().take(n).as_slice() {
                         dma.written(buffer.start, buffer.len.into());
                     }
-                    return Ok(Some(n));
+                    return Ok(Some(Received::Packet(n)));
                 }
                 Err(_) => match io::Error::last_os_error() {
                     e if e.kind() == io::ErrorKind::Interrupted => {}
@@ -282,6 +279,12 @@ impl Port for TapPort {
 
 fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The number of a network interface of this namespace; 0 if there is none.
+fn interface_index(name: &str) -> libc::c_uint {
+    // SAFETY: it reads a string, which ends with NUL in the array's last byte at the latest.
+    unsafe { libc::if_nametoindex(request_name(name).as_ptr().cast()) }
 }
 
 fn request_name(name: &str) -> [u8; libc::IFNAMSIZ] {
