@@ -5,6 +5,7 @@ mod cargo;
 mod fuzz;
 mod isa;
 mod prepush;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -28,6 +29,8 @@ enum Chore {
     Prepush,
     /// The fuzz targets of kernel loaders and virtio devices, for a short time each.
     Fuzz(fuzz::FuzzArguments),
+    /// What takes hours and is done by hand.
+    Soak(soak::SoakArguments),
     /// Random machine code on the soft engine, compared with the CPU itself.
     FuzzIsa(isa::FuzzArguments),
     /// One case of the machine-code tests, as a failure names it.
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Prepush => prepush::run(),
         Chore::Fuzz(arguments) => fuzz::run(&arguments),
+        Chore::Soak(arguments) => soak::run(&arguments),
         Chore::FuzzIsa(arguments) => isa::fuzz(&arguments),
         Chore::IsaCase(arguments) => isa::case(&arguments),
         Chore::IsaExcluded => {

@@ -24,7 +24,7 @@ pub use host_programs::host_program;
 pub use initrd::{File, InitrdError, initrd_with};
 pub use namespace::Namespace;
 pub use noise::Noise;
-pub use programs::{PROGRAMS, ProgramError, compile_all};
+pub use programs::{PROGRAMS, ProgramError, compile_all, scripts};
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

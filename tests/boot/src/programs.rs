@@ -29,10 +29,12 @@ pub const PROGRAMS: [&str; 10] =
 const DEVICE_PROGRAMS: [&str; 2] = ["writer", "vsock"];
 
 /// Scripts for the guest's shell.
-const SCRIPTS: [(&str, &str); 3] = [
+const SCRIPTS: [(&str, &str); 5] = [
     ("fio-rounds.sh", include_str!("../programs/fio-rounds.sh")),
     ("bridged.sh", include_str!("../programs/bridged.sh")),
     ("exchange.sh", include_str!("../programs/exchange.sh")),
+    ("measure-disk.sh", include_str!("../programs/measure-disk.sh")),
+    ("measure-net.sh", include_str!("../programs/measure-net.sh")),
 ];
 
 /// Why there is no program.
@@ -66,10 +68,18 @@ pub enum ProgramError {
 /// Any [`ProgramError`].
 pub fn compile_all(directory: &Path) -> Result<Vec<File>, ProgramError> {
     fs::create_dir_all(directory).map_err(file("create", directory))?;
-    let in_tests = |name: &str, content| File { path: format!("/tests/{name}"), content };
-    let scripts = SCRIPTS.into_iter().map(|(name, text)| Ok(in_tests(name, text.as_bytes().to_vec())));
     let programs = PROGRAMS.into_iter().chain(DEVICE_PROGRAMS);
-    programs.map(|name| Ok(in_tests(name, compile(name, directory)?))).chain(scripts).collect()
+    let compiled = programs.map(|name| Ok(in_tests(name, compile(name, directory)?)));
+    compiled.chain(scripts().into_iter().map(Ok)).collect()
+}
+
+/// The scripts, in `/tests`.
+pub fn scripts() -> Vec<File> {
+    SCRIPTS.iter().map(|(name, text)| in_tests(name, text.as_bytes().to_vec())).collect()
+}
+
+fn in_tests(name: &str, content: Vec<u8>) -> File {
+    File { path: format!("/tests/{name}"), content }
 }
 
 fn compile(name: &'static str, directory: &Path) -> Result<Vec<u8>, ProgramError> {

@@ -13,6 +13,7 @@
 //! interrupts, or something fails on the way.
 
 mod debian;
+mod devices;
 mod guest;
 mod measure;
 mod process;
@@ -80,6 +81,8 @@ pub struct BenchArguments {
 enum Alone {
     /// How long a VM takes to its first instruction, and its memory then
     Start(start::StartArguments),
+    /// How fast disks and networks are, beside QEMU's
+    Devices(devices::DevicesArguments),
 }
 
 /// `bench`: prints what it measured.
@@ -87,8 +90,10 @@ enum Alone {
 /// # Errors
 /// A text when something could not be built, or a guest failed. What was measured until then is printed.
 pub fn run(arguments: &BenchArguments) -> Result<(), String> {
-    if let Some(Alone::Start(arguments)) = &arguments.alone {
-        return start::run(arguments);
+    match &arguments.alone {
+        Some(Alone::Start(arguments)) => return start::run(arguments),
+        Some(Alone::Devices(arguments)) => return devices::run(arguments),
+        None => {}
     }
     let selection = Selection::new(&arguments.only)?;
     if let Some(path) = &arguments.update {

@@ -33,7 +33,7 @@ pub enum TapError {
     Open(#[source] io::Error),
     /// No such tap device, or not ours.
     #[error(
-        "cannot use the tap device {name}: {source}; make it for this user: ip tuntap add {name} mode tap user $USER{multi}"
+        "cannot use the tap device {name}: {source}; make it for this user: ip tuntap add dev {name} mode tap user $USER{multi}"
     )]
     Attach {
         /// Its name.

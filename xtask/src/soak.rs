@@ -1,0 +1,69 @@
+//! What takes hours: VMs that are killed while fio writes.
+
+use std::path::PathBuf;
+
+use berth_tests_boot::kills::Kills;
+use berth_tests_boot::set_up_with;
+use clap::{Args, Subcommand};
+
+/// Arguments of `soak`.
+#[derive(Args)]
+pub struct SoakArguments {
+    #[command(subcommand)]
+    soak: Soak,
+}
+
+#[derive(Subcommand)]
+enum Soak {
+    /// Kill -9 a VM while fio writes to its disk; all that was flushed must be there, each time
+    Kill(KillArguments),
+}
+
+#[derive(Args)]
+struct KillArguments {
+    /// How often
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    kills: u32,
+    /// Format of the disk
+    #[arg(long, default_value = "raw", value_parser = ["raw", "qcow2"])]
+    format: String,
+    /// Its cache mode, as in `berth run --disk …,cache=MODE`
+    #[arg(long, default_value = "writeback", value_parser = ["writeback", "none", "writethrough"])]
+    cache: String,
+    /// Where the disk is made
+    #[arg(long, value_name = "DIRECTORY", default_value_os_t = std::env::temp_dir())]
+    directory: PathBuf,
+    /// Seed of the moments [default: another one each time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// `soak`.
+///
+/// # Errors
+/// A text that says what was lost, or why it could not be tried.
+pub fn run(arguments: &SoakArguments) -> Result<(), String> {
+    let Soak::Kill(arguments) = &arguments.soak;
+    let programs = std::env::temp_dir().join(format!("berth-soak-programs-{}", std::process::id()));
+    let setup = set_up_with(&programs, &["fio"]);
+    // Compiled anew the next time.
+    let _ = std::fs::remove_dir_all(&programs);
+    let setup = setup.map_err(|e| e.to_string())?;
+    let directory = tempfile::tempdir_in(&arguments.directory)
+        .map_err(|e| format!("cannot make a directory in {}: {e}", arguments.directory.display()))?;
+    let seed = arguments.seed.unwrap_or_else(|| fastrand::u64(1..));
+    println!("{} kills, {} disk, cache={}, seed {seed}", arguments.kills, arguments.format, arguments.cache);
+    let kills = Kills {
+        setup: &setup,
+        disk: directory.path().join(format!("disk.{}", arguments.format)),
+        options: &format!(",cache={},format={}", arguments.cache, arguments.format),
+        count: arguments.kills,
+        seed,
+    };
+    let survived = kills.run(|s| {
+        println!("kill {}: {} rounds of 1 MiB flushed, {} read back", s.kills, s.rounds, s.verified);
+    });
+    let survived = survived.map_err(|e| format!("seed {seed}: {e}"))?;
+    println!("{} kills, {} rounds flushed, nothing lost", survived.kills, survived.rounds);
+    Ok(())
+}
