@@ -24,6 +24,8 @@ pub struct Boot {
     pub cmdline: String,
     /// The guest's first disk, if it comes from an image. Keep it as long as the VM runs.
     pub root_disk: Option<VmDisk>,
+    /// Whether it is a guest with Berth's agent: the default guest, or an image.
+    pub has_agent: bool,
 }
 
 /// Kernel, initrd and command line: the user's, or those of the image or of the default guest where the user names none.
@@ -40,6 +42,7 @@ pub fn choose(options: &VmOptions, name: &str, on_terminal: bool) -> Result<Boot
             initrd: options.initrd.clone(),
             cmdline: options.append.clone().unwrap_or_else(|| DEFAULT_CMDLINE.to_owned()),
             root_disk: None,
+            has_agent: false,
         });
     }
     if options.no_default_guest.unwrap_or(false) {
@@ -56,6 +59,7 @@ pub fn choose(options: &VmOptions, name: &str, on_terminal: bool) -> Result<Boot
         cmdline: default_guest_cmdline(name, window, term.as_deref(), options.append.as_deref())
             + console_parameters(options.console.unwrap_or_default()),
         root_disk: None,
+        has_agent: true,
     })
 }
 
@@ -76,7 +80,8 @@ fn from_image(options: &VmOptions, image: &Name, name: &str) -> Result<Boot, Run
     };
     let console = options.console.unwrap_or_default();
     let cmdline = image_cmdline(&image.manifest.cmdline, name, console, options.append.as_deref());
-    Ok(Boot { kernel, initrd, cmdline, root_disk: Some(root_disk) })
+    let has_agent = options.kernel.is_none();
+    Ok(Boot { kernel, initrd, cmdline, root_disk: Some(root_disk), has_agent })
 }
 
 /// The network of a VM with an image whose user names none: through passt, where the host has that.

@@ -2,15 +2,14 @@
 
 use std::path::PathBuf;
 
-use berth_image::Name;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand};
-use clap_complete::engine::ArgValueCandidates;
 use clap_complete::env::Shells;
 
 use crate::disk::DiskCommand;
-use crate::image::{ImageCommand, vm_names};
+use crate::image::ImageCommand;
 use crate::options::VmOptions;
+use crate::vms::VmCommand;
 
 /// Runs virtual machines on any x86-64 Linux host.
 #[derive(Debug, Parser)]
@@ -27,7 +26,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a virtual machine with its serial console on this terminal
+    /// Start a virtual machine, with its console on this terminal or in the background
     Run(Box<RunArguments>),
     /// Make, look at and change disk images
     Disk {
@@ -44,12 +43,8 @@ pub enum Command {
     /// Make, list and remove images: root disks that VMs start from
     #[command(subcommand)]
     Image(ImageCommand),
-    /// Remove VMs that were kept, with what they wrote to their disks
-    Rm {
-        /// Their names
-        #[arg(required = true, value_name = "NAME", add = ArgValueCandidates::new(vm_names))]
-        names: Vec<Name>,
-    },
+    #[command(flatten)]
+    Vms(VmCommand),
     /// Print what makes a shell complete `berth`, for its start-up file
     Completions {
         /// The shell
@@ -61,7 +56,7 @@ pub enum Command {
 /// Arguments of `berth run`.
 #[derive(Debug, Args)]
 #[command(long_about = "\
-Starts a virtual machine with its serial console on this terminal.
+Starts a virtual machine with its console on this terminal, or with --detach in the background.
 
 With --image it starts from an image (see `berth image`), and what it writes is kept under its --name. Without \
 --image and --kernel it is Berth's default guest: the distribution's own cloud kernel with a small root file system \
@@ -73,8 +68,17 @@ Signals: SIGTERM, SIGINT and SIGHUP press the power button. A guest that is not 
 and at once by a second signal.
 
 Exit code: 0 when the guest powered off or you ended the VM, 1 when something failed, 2 for bad arguments; \
-with --debug-exit what the guest asks for.")]
+with --debug-exit what the guest asks for. With --detach 0 when the VM runs; `berth wait` has its exit code.")]
 pub struct RunArguments {
+    /// Start it in the background: print its name as soon as it runs (then see `berth ps`, `berth console`)
+    #[arg(short, long)]
+    pub detach: bool,
+    /// This process was started by `berth run --detach`
+    #[arg(long, hide = true)]
+    pub background: bool,
+    /// Where the socket of its control API is [default: api.sock in the VM's runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
     /// Take options from a VM file (TOML); those on the command line override it
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,

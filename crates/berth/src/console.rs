@@ -24,13 +24,13 @@ pub trait Guest {
     fn key(&mut self, key: Key);
 }
 
-/// Feeds standard input to the guest until its end. On a terminal Berth's keys work; a pipe is passed on byte
-/// by byte, as slowly as the guest takes it.
+/// Feeds standard input to the guest until its end. On a terminal `keys` takes Berth's keys out; a pipe is passed on
+/// byte by byte, as slowly as the guest takes it.
 ///
 /// # Errors
 /// What the host says about standard input.
-pub fn forward_input(terminal: bool, guest: &mut impl Guest) -> io::Result<()> {
-    let mut filter = terminal.then(EscapeFilter::default);
+pub fn forward_input(keys: Option<EscapeFilter>, guest: &mut impl Guest) -> io::Result<()> {
+    let mut filter = keys;
     let mut waiting: Vec<u8> = Vec::new();
     let mut buffer = [0; 4096];
     loop {
@@ -86,6 +86,11 @@ impl Output {
     /// What the host says when standard output is closed.
     pub fn new() -> io::Result<Self> {
         Ok(Self(Some(File::from(io::stdout().as_fd().try_clone_to_owned()?))))
+    }
+
+    /// Whether its reader is gone.
+    pub fn is_closed(&self) -> bool {
+        self.0.is_none()
     }
 }
 

@@ -10,11 +10,21 @@ Ctrl-A p  press the VM's power button
 Ctrl-A a  send Ctrl-A to the guest (Ctrl-A Ctrl-A does too)
 Ctrl-A h  this list";
 
+/// The keys where the VM is only attached to.
+pub const ATTACHED_HELP: &str = "\
+Ctrl-A d  detach; the VM goes on
+Ctrl-A x  end the VM at once
+Ctrl-A p  press the VM's power button
+Ctrl-A a  send Ctrl-A to the guest (Ctrl-A Ctrl-A does too)
+Ctrl-A h  this list";
+
 /// What a key asks of Berth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Key {
     /// End the VM.
     End,
+    /// Leave the console, and let the VM go on.
+    Detach,
     /// Press the power button.
     PowerButton,
     /// List the keys.
@@ -25,9 +35,15 @@ pub enum Key {
 #[derive(Debug, Default)]
 pub struct EscapeFilter {
     prefix_seen: bool,
+    can_detach: bool,
 }
 
 impl EscapeFilter {
+    /// For a terminal that can leave the VM.
+    pub fn attached() -> Self {
+        Self { prefix_seen: false, can_detach: true }
+    }
+
     /// Appends to `guest` what the guest shall get of `input`; returns what Berth shall do, in order.
     pub fn feed(&mut self, input: &[u8], guest: &mut Vec<u8>) -> Vec<Key> {
         let mut keys = Vec::new();
@@ -41,6 +57,7 @@ impl EscapeFilter {
             }
             match byte {
                 b'x' | b'X' => keys.push(Key::End),
+                b'd' | b'D' if self.can_detach => keys.push(Key::Detach),
                 b'p' | b'P' => keys.push(Key::PowerButton),
                 b'h' | b'H' | b'?' => keys.push(Key::Help),
                 b'a' | PREFIX => guest.push(PREFIX),
@@ -93,9 +110,17 @@ mod tests {
     }
 
     #[test]
+    fn who_is_attached_can_detach() {
+        let mut guest = Vec::new();
+        assert_eq!(EscapeFilter::attached().feed(b"a\x01d\x01x", &mut guest), [Key::Detach, Key::End]);
+        assert_eq!(guest, b"a");
+    }
+
+    #[test]
     fn the_help_names_every_key() {
         for key in ["Ctrl-A x", "Ctrl-A p", "Ctrl-A a", "Ctrl-A h"] {
-            assert!(HELP.contains(key));
+            assert!(HELP.contains(key) && ATTACHED_HELP.contains(key));
         }
+        assert!(ATTACHED_HELP.contains("Ctrl-A d"));
     }
 }

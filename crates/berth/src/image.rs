@@ -111,15 +111,6 @@ pub fn vm_names() -> Vec<CompletionCandidate> {
     Images::new(&data).vm_names().into_iter().map(|name| CompletionCandidate::new(name.as_str())).collect()
 }
 
-/// Removes VMs that were kept.
-///
-/// # Errors
-/// [`ImageError`].
-pub fn remove_vms(names: &[Name]) -> Result<(), ImageError> {
-    let images = Images::new(&data_directory()?);
-    names.iter().try_for_each(|name| images.remove_vm(name))
-}
-
 /// Does what `command` says; returns what is to be printed.
 ///
 /// # Errors

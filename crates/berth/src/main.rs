@@ -7,6 +7,7 @@ mod boot;
 mod cli;
 mod completions;
 mod console;
+mod detach;
 mod disk;
 mod escape;
 mod host_report;
@@ -17,6 +18,8 @@ mod run;
 mod shutdown;
 mod terminal;
 mod vm_file;
+mod vm_home;
+mod vms;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -43,9 +46,7 @@ fn main() -> ExitCode {
             Ok(text) => print(&text),
             Err(e) => failure(&e),
         },
-        Command::Rm { names } => {
-            image::remove_vms(&names).map_or_else(|e| failure(&e), |()| ExitCode::SUCCESS)
-        }
+        Command::Vms(command) => vms::run(&command).unwrap_or_else(|e| failure(&e)),
         Command::Completions { shell } => print(&completions::script(&shell)),
     }
 }

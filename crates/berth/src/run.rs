@@ -1,15 +1,18 @@
 //! `berth run`: one VM from its arguments to its exit code.
 
-use std::io;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use berth_api::types::Ending;
+use berth_api::{RuntimeError, VmDirectory};
+use berth_api_server::{Console, ConsoleWriter, Server, Vm};
 use berth_disk::Format;
 use berth_guest_image::GuestImageError;
 use berth_host::{Cpu, EngineChoice, EngineName};
-use berth_image::ImageError;
+use berth_image::{ImageError, VmDisk};
 use berth_machine::options::{DiskOptions, size};
 use berth_machine::{
     BoardError, EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome, VirtioError,
@@ -18,11 +21,12 @@ use berth_machine::{
 use crate::boot::{self, Boot};
 use crate::cli::RunArguments;
 use crate::console::{self, Guest};
-use crate::escape::{HELP, Key};
-use crate::options::Engine;
+use crate::escape::{EscapeFilter, HELP, Key};
+use crate::options::{Engine, VmOptions};
+use crate::shutdown::Shutdown;
 use crate::terminal::RawTerminal;
 use crate::vm_file::{self, VmFileError};
-use crate::{log, shutdown, terminal};
+use crate::{detach, log, shutdown, terminal, vm_home};
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +43,18 @@ pub enum RunError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The VM's directory.
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    /// The socket of the control API.
+    #[error("the control API cannot listen at {}: {source}", path.display())]
+    Api {
+        /// The socket.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The terminal, or signals.
     #[error("cannot set up {what}: {source}")]
     Host {
@@ -67,27 +83,125 @@ impl RunError {
     }
 }
 
-/// Runs a VM to its end.
+/// Runs a VM to its end, or starts it in the background.
 ///
 /// # Errors
 /// [`RunError`] when it cannot be started.
 pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
+    if arguments.detach && !arguments.background {
+        return detach::start().map_err(RunError::host("a process in the background"));
+    }
     let mut options = arguments.vm.clone();
     if let Some(path) = &arguments.file {
         options = options.or(vm_file::read(path)?);
     }
-    let engine = choose_engine(options.engine());
-    let on_terminal = terminal::is_terminal();
     let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
-    let Boot { kernel, initrd, cmdline, root_disk } = boot::choose(&options, &name, on_terminal)?;
+    let home = vm_home::enter(&name, arguments.background)?;
+    let result = run_as(&name, home.as_ref(), options, arguments);
+    vm_home::leave();
+    result
+}
+
+/// [`run`], with the VM's name taken.
+fn run_as(
+    name: &str,
+    home: Option<&VmDirectory>,
+    options: VmOptions,
+    arguments: &RunArguments,
+) -> Result<ExitCode, RunError> {
+    let detached = arguments.background;
+    let on_terminal = terminal::is_terminal() && !detached;
+    let (config, _root_disk) = configure(name, home, &options, on_terminal)?;
+    tracing::info!(?config, "starting");
+
+    terminal::end_at_panics();
+    let console =
+        Console::new(home.map(VmDirectory::console_log)).map_err(RunError::host("the console's log"))?;
+    let output: Option<Box<dyn Write + Send>> = match detached {
+        true => None,
+        false => Some(Box::new(console::Output::new().map_err(RunError::host("standard output"))?)),
+    };
+    let api = arguments.api_socket.clone().or(home.map(VmDirectory::default_api_socket));
+    let image = options.image.clone().map(String::from);
+    let description = vm_home::description(&config, image, detached, api.clone().unwrap_or_default());
+    let mut machine = Machine::new(config, Box::new(ConsoleWriter::new(console.clone(), output)))?;
+    let control = machine.control();
+    let shutdown = Shutdown::new(control.clone());
+    shutdown.watch_signals().map_err(RunError::host("signals"))?;
+    let listener = match &api {
+        Some(path) => {
+            let failed = |source| RunError::Api { path: path.clone(), source };
+            vm_home::describe(&description)?;
+            Some(vm_home::listen(path).map_err(failed)?)
+        }
+        None => None,
+    };
+    let raw = if on_terminal {
+        let s = if options.cpus() == 1 { "" } else { "s" };
+        let memory = size::show(options.memory());
+        let engine = &description.engine;
+        log::message(&format!(
+            "{name}: {} vCPU{s}, {memory}, {engine} engine; Ctrl-A h lists keys",
+            options.cpus()
+        ));
+        Some(RawTerminal::enter().map_err(RunError::host("the terminal"))?)
+    } else {
+        None
+    };
+    machine.start()?;
+    let vm = Vm { description, control: control.clone(), console, owner: Box::new(shutdown.clone()) };
+    let server = listener.map(|listener| Server::start(vm, listener)).transpose();
+    let server = server.map_err(RunError::host("the control API"))?;
+    if detached {
+        detach::leave_terminal(name, home).map_err(RunError::host("the background"))?;
+    } else {
+        forward_input_on_thread(control, on_terminal).map_err(RunError::host("a thread for the console"))?;
+    }
+
+    let outcome = machine.wait();
+    drop(raw);
+    if on_terminal && outcome != Outcome::PoweredOff {
+        // The guest left the cursor anywhere.
+        eprintln!();
+    }
+    let (exit_code, reason) = judge(&outcome, shutdown.ending());
+    if !matches!(outcome, Outcome::PoweredOff | Outcome::Reset | Outcome::DebugExit(_)) {
+        log::message(&reason);
+    }
+    let ending = Ending { at: vm_home::now(), exit_code, reason };
+    if detached && !shutdown.ending().was_asked_for() {
+        vm_home::keep(&ending);
+    }
+    if let Some(server) = server {
+        server.end(ending);
+    }
+    if let Some(path) = &arguments.api_socket {
+        // It is not in the directory that is removed. If it is gone there is nothing to do.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(ExitCode::from(exit_code))
+}
+
+/// The machine that `options` describe, and its root disk if that comes from an image: keep it while the machine runs.
+fn configure(
+    name: &str,
+    home: Option<&VmDirectory>,
+    options: &VmOptions,
+    on_terminal: bool,
+) -> Result<(MachineConfig, Option<VmDisk>), RunError> {
+    let engine = choose_engine(options.engine());
+    let Boot { kernel, initrd, cmdline, root_disk, has_agent } = boot::choose(options, name, on_terminal)?;
     let mut devices = options.devices();
-    devices.net.extend(boot::default_network(&options));
+    devices.net.extend(boot::default_network(options));
     if let Some(disk) = &root_disk {
         let (path, format) = (disk.path().to_owned(), Some(Format::Qcow2));
         devices.disk.insert(0, DiskOptions { path, format, ..DiskOptions::default() });
     }
+    if has_agent && devices.vsock.is_none() {
+        devices.vsock = home.and_then(vm_home::default_vsock);
+    }
     let config = MachineConfig {
-        name: name.clone(),
+        name: name.to_owned(),
         engine,
         vcpus: options.cpus(),
         memory_bytes: options.memory(),
@@ -99,34 +213,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         code_cache_bytes: options.code_cache(),
         devices,
     };
-    tracing::info!(?config, "starting");
-
-    terminal::end_at_panics();
-    let output = console::Output::new().map_err(RunError::host("standard output"))?;
-    let mut machine = Machine::new(config, Box::new(output))?;
-    let control = machine.control();
-    let ending = shutdown::watch_signals(control.clone()).map_err(RunError::host("signals"))?;
-    let raw = if on_terminal {
-        let s = if options.cpus() == 1 { "" } else { "s" };
-        let memory = size::show(options.memory());
-        log::message(&format!(
-            "{name}: {} vCPU{s}, {memory}, {engine} engine; Ctrl-A h lists keys",
-            options.cpus()
-        ));
-        Some(RawTerminal::enter().map_err(RunError::host("the terminal"))?)
-    } else {
-        None
-    };
-    machine.start()?;
-    forward_input_on_thread(control, on_terminal).map_err(RunError::host("a thread for the console"))?;
-
-    let outcome = machine.wait();
-    drop(raw);
-    if on_terminal && outcome != Outcome::PoweredOff {
-        // The guest left the cursor anywhere.
-        eprintln!();
-    }
-    Ok(exit_code(outcome, &ending))
+    Ok((config, root_disk))
 }
 
 /// The engine that the user wants, or what suits this host.
@@ -169,6 +256,8 @@ impl Guest for ConsoleGuest {
     fn key(&mut self, key: Key) {
         match key {
             Key::End => shutdown::stop(&self.0),
+            // There is nothing that it could detach from.
+            Key::Detach => {}
             Key::PowerButton if self.0.hears_power_button() => self.0.power_button(),
             Key::PowerButton => log::message("the guest does not watch its power button (yet)"),
             Key::Help => {
@@ -183,32 +272,28 @@ impl Guest for ConsoleGuest {
 /// The thread ends with the process: nothing can interrupt its read.
 fn forward_input_on_thread(control: MachineControl, on_terminal: bool) -> io::Result<()> {
     thread::Builder::new().name("console".to_owned()).spawn(move || {
-        if let Err(e) = console::forward_input(on_terminal, &mut ConsoleGuest(control)) {
+        if let Err(e) =
+            console::forward_input(on_terminal.then(EscapeFilter::default), &mut ConsoleGuest(control))
+        {
             tracing::warn!("no more console input: {e}");
         }
     })?;
     Ok(())
 }
 
-fn exit_code(outcome: Outcome, ending: &shutdown::Ending) -> ExitCode {
+/// The exit code of a VM that ended so, and what happened, for people.
+fn judge(outcome: &Outcome, ending: &shutdown::Ending) -> (u8, String) {
     match outcome {
-        Outcome::PoweredOff | Outcome::Reset => ExitCode::SUCCESS,
+        Outcome::PoweredOff => (0, "the guest powered off".to_owned()),
+        Outcome::Reset => (0, "the guest was to be reset, and --no-reboot is set".to_owned()),
         // An exit code has 8 bits: the guest's value is cut as by exit(3).
-        Outcome::DebugExit(code) => ExitCode::from(code as u8),
-        Outcome::Stopped if ending.timed_out() => {
-            let grace = shutdown::GRACE.as_secs();
-            log::message(&format!(
-                "the guest did not power off within {grace} s of the signal and was ended"
-            ));
-            ExitCode::FAILURE
-        }
-        Outcome::Stopped => {
-            log::message("the VM was ended");
-            ExitCode::SUCCESS
-        }
-        Outcome::Failed(account) => {
-            log::message(&format!("the VM cannot go on: {account}"));
-            ExitCode::FAILURE
-        }
+        Outcome::DebugExit(code) => (*code as u8, "the guest wrote to the debug-exit port".to_owned()),
+        Outcome::Stopped => match ending.timed_out() {
+            Some(limit) => {
+                (1, format!("the guest did not power off within {} s and was ended", limit.as_secs()))
+            }
+            None => (0, "the VM was ended".to_owned()),
+        },
+        Outcome::Failed(account) => (1, format!("the VM cannot go on: {account}")),
     }
 }

@@ -7,31 +7,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{EXITS, berth};
+use common::{ECHOES, EXITS, SLEEPS, berth};
 
 mod common;
 
-/// cli; again: hlt; jmp again
-const SLEEPS: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
 /// Interrupts with an IDT of length 0: push 0; push 0; lidt [esp]; int3
 const TRIPLE_FAULTS: &[u8] =
     &[0x6a, 0x00, 0x6a, 0x00, 0xbc, 0x00, 0x00, 0x20, 0x00, 0x0f, 0x01, 0x1c, 0x24, 0xcc];
-/// Waits for a byte of the serial port, sends it back, and exits through port 0xf4 with 0 after a `Q`.
-const ECHOES: &[u8] = &[
-    0xba, 0xfd, 0x03, 0x00, 0x00, // again: mov edx, 0x3fd
-    0xec, // in al, dx
-    0xa8, 0x01, // test al, 1
-    0x74, 0xf6, // jz again
-    0xb2, 0xf8, // mov dl, 0xf8
-    0xec, // in al, dx
-    0xee, // out dx, al
-    0x3c, b'Q', // cmp al, 'Q'
-    0x75, 0xee, // jne again
-    0x31, 0xc0, // xor eax, eax
-    0xe6, 0xf4, // out 0xf4, al
-    0xf4, 0xeb, 0xfd, // hlt; jmp hlt
-];
-
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// The exit code, or `None` if a signal ended it; panics if it does not end.

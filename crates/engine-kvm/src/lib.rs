@@ -33,10 +33,11 @@ use std::sync::{Arc, OnceLock};
 
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
-use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, Vcpu};
+use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
 use berth_memory::{GuestMemory, GuestPhysAddr};
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, kvm_clock_data};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
+use tracing::warn;
 
 use crate::device::{Device, Refusal};
 use crate::interrupts::KernelChips;
@@ -182,6 +183,18 @@ impl Engine for KvmEngine {
             fd,
             VcpuParts { run_size: self.run_size, split, memory: self.memory.clone() },
         )))
+    }
+
+    /// KVM_SET_CLOCK (api.rst 4.30). The guest's clocks follow when their vCPUs enter it again.
+    fn skip_time(&self, time: StoodStill) {
+        let nanos = u64::try_from(time.time.as_nanos()).unwrap_or(u64::MAX);
+        let set = self.vm.get_clock().and_then(|now| {
+            let clock = now.clock.saturating_sub(nanos);
+            self.vm.set_clock(&kvm_clock_data { clock, ..kvm_clock_data::default() })
+        });
+        if let Err(error) = set {
+            warn!("the guest's clock jumps by {:?}: KVM does not set it: {error}", time.time);
+        }
     }
 
     /// The CPU sees what is written.

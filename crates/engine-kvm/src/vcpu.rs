@@ -6,11 +6,11 @@
 use std::sync::Arc;
 
 use berth_cpu::{CpuState, VcpuId};
-use berth_engine::{Bus, EngineError, Exit, PinController, Vcpu, VcpuHandle};
+use berth_engine::{Bus, EngineError, Exit, PinController, StoodStill, Vcpu, VcpuHandle};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use tracing::{error, trace};
+use tracing::{error, trace, warn};
 
 use crate::failure;
 use crate::handle::KvmHandle;
@@ -203,6 +203,15 @@ impl Vcpu for KvmVcpu {
             error!("the state of vCPU {} cannot be read: {e}", self.id);
             CpuState::default()
         })
+    }
+
+    /// Sets the counter back. KVM gives vCPUs that were in step one offset again, and tells the guest's watchdogs that
+    /// it stood still (api.rst 4.77, KVM_KVMCLOCK_CTRL), which fails for a guest without its clock.
+    fn skip_time(&mut self, time: StoodStill) {
+        if let Err(error) = state::move_tsc(&self.fd, time.ticks.wrapping_neg()) {
+            warn!("the TSC of vCPU {} jumps: {error}", self.id);
+        }
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {

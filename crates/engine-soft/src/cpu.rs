@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use berth_cpu::bits::vector;
 use berth_cpu::{CpuState, MpState, PendingEvents, PendingException, VcpuId};
-use berth_engine::{Bus, EngineError, Exit, LocalApic, Vcpu, VcpuHandle};
+use berth_engine::{Bus, EngineError, Exit, LocalApic, StoodStill, Vcpu, VcpuHandle};
 
 use crate::code::Flow;
 use crate::code::asm::Asm;
@@ -279,6 +279,10 @@ impl Vcpu for Cpu {
 
     fn state(&mut self) -> CpuState {
         self.architectural()
+    }
+
+    fn skip_time(&mut self, time: StoodStill) {
+        self.msrs.tsc_offset = self.msrs.tsc_offset.wrapping_sub(time.ticks);
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {

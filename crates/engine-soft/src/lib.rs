@@ -33,7 +33,7 @@ mod vm;
 use std::sync::Arc;
 
 use berth_cpu::VcpuId;
-use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, Vcpu};
+use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 
 pub use code::cache::{CacheStats, MAX_CODE_CACHE, MIN_CODE_CACHE};
@@ -137,6 +137,10 @@ impl Engine for SoftEngine {
         let cpu = cpu::Cpu::new(Arc::clone(&self.vm), id, apic);
         self.vm.add_vcpu(Arc::clone(&cpu.shared));
         Ok(Box::new(cpu))
+    }
+
+    fn skip_time(&self, time: StoodStill) {
+        self.vm.pv.skip(time.ticks);
     }
 
     fn memory_written(&self, start: GuestPhysAddr, len: u64) {

@@ -15,6 +15,7 @@
 //! No type of one particular engine appears here, and no device, boot or machine code asks which engine runs.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 pub use berth_cpu::{ApicState, CpuState, VcpuId};
 use berth_memory::GuestPhysAddr;
@@ -211,6 +212,15 @@ pub enum Exit {
     },
 }
 
+/// How long a VM stood still, on two clocks of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoodStill {
+    /// Ticks of the host's time-stamp counter.
+    pub ticks: u64,
+    /// Time.
+    pub time: Duration,
+}
+
 /// An engine, made for one VM and its memory.
 pub trait Engine: Send + Sync {
     /// The name that `--engine` takes.
@@ -224,6 +234,9 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Host`] when the host has no resources for it.
     fn create_vcpu(&self, id: VcpuId, apic: Option<Arc<dyn LocalApic>>)
     -> Result<Box<dyn Vcpu>, EngineError>;
+    /// The VM stood still for `time`: its paravirtual clock goes on as if that time had not been. No vCPU is running;
+    /// each of them is told too ([`Vcpu::skip_time`]).
+    fn skip_time(&self, time: StoodStill);
     /// Must be called after a device or the host wrote guest memory (DMA), so that no vCPU executes what was
     /// there before.
     fn memory_written(&self, start: GuestPhysAddr, len: u64);
@@ -245,6 +258,9 @@ pub trait Vcpu: Send {
     fn run(&mut self, bus: &dyn Bus) -> Exit;
     /// The architectural state at the current instruction boundary.
     fn state(&mut self) -> CpuState;
+    /// The VM stood still for `time`: the time-stamp counter goes on as if that time had not been. If the local APIC
+    /// is a device, who pauses the VM has moved its TSC deadline. Must not be called while [`Self::run`] executes.
+    fn skip_time(&mut self, time: StoodStill);
     /// Replaces the architectural state.
     ///
     /// # Errors

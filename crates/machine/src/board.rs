@@ -5,9 +5,10 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use berth_cpu::VcpuId;
+use berth_cpu::msr::IA32_TSC_DEADLINE;
 use berth_devices::acpi_pm::AcpiPm;
 use berth_devices::bus::{BusError, MachineBus};
 use berth_devices::cmos::Cmos;
@@ -19,9 +20,9 @@ use berth_devices::pci::PciRoot;
 use berth_devices::pit::Pit;
 use berth_devices::power::PowerSink;
 use berth_devices::serial::Serial;
-use berth_devices::timer::{TimerError, Timers, TscClock, tsc_hz};
+use berth_devices::timer::{TimerError, Timers, TscClock, read_tsc, tsc_hz};
 use berth_devices::virtio::console::Output;
-use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, VcpuHandle};
+use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, StoodStill, VcpuHandle};
 use berth_memory::GuestMemory;
 use berth_memory::layout::{HIGH_RAM_START, ports};
 use parking_lot::Mutex;
@@ -67,7 +68,13 @@ pub struct Board {
     pci: Arc<PciRoot>,
     virtio: VirtioDevices,
     // Last, so that the timers' thread ends after the devices that use it.
-    _timers: Timers,
+    timers: Timers,
+}
+
+/// When the machine began to stand still.
+pub struct Pause {
+    ticks: u64,
+    at: Instant,
 }
 
 impl Board {
@@ -119,7 +126,7 @@ impl Board {
         if config.debug_exit {
             bus.register_ports(ports::DEBUG_EXIT, 1, "debug exit", Arc::new(DebugExit::new(power)))?;
         }
-        Ok(Self { bus, interrupts, chips, serial, cmos, i8042, acpi_pm, pci, virtio, _timers: timers })
+        Ok(Self { bus, interrupts, chips, serial, cmos, i8042, acpi_pm, pci, virtio, timers })
     }
 
     /// The bus, for the vCPUs.
@@ -153,6 +160,30 @@ impl Board {
     /// Stops the devices that have threads of their own: what was begun is done, and what was written is kept.
     pub fn stop_devices(&self) {
         self.virtio.pause();
+    }
+
+    /// Lets the devices' clock stand still, and stops those that have threads of their own. No vCPU may be running.
+    pub fn pause(&self) -> Pause {
+        self.timers.stop();
+        let pause = Pause { ticks: read_tsc(), at: Instant::now() };
+        self.virtio.pause();
+        pause
+    }
+
+    /// Goes on after [`Self::pause`]; returns how long it was.
+    pub fn resume(&self, pause: &Pause) -> StoodStill {
+        self.virtio.resume();
+        let ticks = read_tsc().wrapping_sub(pause.ticks);
+        let time = pause.at.elapsed();
+        for apic in self.chips.iter().flat_map(|(chips, _)| chips.local_apics()) {
+            // The local APIC counts as the host does.
+            if let Ok(deadline @ 1..) = apic.read_msr(IA32_TSC_DEADLINE) {
+                // It has just been read: it can be written.
+                let _ = apic.write_msr(IA32_TSC_DEADLINE, deadline.wrapping_add(ticks));
+            }
+        }
+        self.timers.go_on();
+        StoodStill { ticks, time }
     }
 
     /// All devices back to the state after power-up. No vCPU may be running.

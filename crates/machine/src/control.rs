@@ -1,7 +1,7 @@
 //! What other threads may do with a running machine.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
 use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
@@ -10,7 +10,9 @@ use berth_devices::virtio::net::NetCounters;
 use berth_memory::GuestMemory;
 
 use crate::board::Board;
-use crate::event::Event;
+use crate::event::{Done, Event};
+use crate::notice::Notices;
+use crate::status::{MachineState, Status};
 use crate::virtio::DiskResizeError;
 
 /// A handle to a machine. Cheap to clone; after the machine's end it does nothing.
@@ -19,16 +21,37 @@ pub struct MachineControl {
     events: Sender<Event>,
     board: Arc<Board>,
     memory: GuestMemory,
+    status: Arc<Status>,
 }
 
 impl MachineControl {
-    pub(crate) fn new(events: Sender<Event>, board: Arc<Board>, memory: GuestMemory) -> Self {
-        Self { events, board, memory }
+    pub(crate) fn new(
+        events: Sender<Event>,
+        board: Arc<Board>,
+        memory: GuestMemory,
+        status: Arc<Status>,
+    ) -> Self {
+        Self { events, board, memory, status }
     }
 
     /// The guest's memory: what is in it, and in which state each page is.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Where in its life the machine is.
+    pub fn state(&self) -> MachineState {
+        self.status.state()
+    }
+
+    /// What happens to the machine.
+    pub fn notices(&self) -> &Notices {
+        self.status.notices()
+    }
+
+    /// The threads of the vCPUs on the host, by vCPU; `None` for one that has not come to say so.
+    pub fn vcpu_threads(&self) -> Vec<Option<u32>> {
+        self.status.threads()
     }
 
     /// Gives input to the serial console; returns how many bytes it took. It takes less than all when the guest
@@ -97,6 +120,36 @@ impl MachineControl {
     /// Presses the reset button: starts the kernel again, whatever the guest does.
     pub fn reset(&self) {
         self.send(Event::Reset);
+    }
+
+    /// Lets the machine stand still: vCPUs, devices and the guest's clock. Calls `done` when it does; drops it when the
+    /// machine ends before. A machine that stands still stays so.
+    pub fn request_pause(&self, done: impl FnOnce() + Send + 'static) {
+        self.send(Event::Pause(Box::new(done)));
+    }
+
+    /// Lets a machine that stands still go on: its guest does not see that time has passed. As [`Self::request_pause`].
+    pub fn request_resume(&self, done: impl FnOnce() + Send + 'static) {
+        self.send(Event::Resume(Box::new(done)));
+    }
+
+    /// [`Self::request_pause`], and waits for it; returns whether the machine stands still.
+    pub fn pause(&self) -> bool {
+        self.wait_for(|done| self.request_pause(done))
+    }
+
+    /// [`Self::request_resume`], and waits for it; returns whether the machine goes on.
+    pub fn resume(&self) -> bool {
+        self.wait_for(|done| self.request_resume(done))
+    }
+
+    fn wait_for(&self, request: impl FnOnce(Done)) -> bool {
+        let (sender, done) = channel();
+        request(Box::new(move || {
+            // Who asked waits for it.
+            let _ = sender.send(());
+        }));
+        done.recv().is_ok()
     }
 
     fn send(&self, event: Event) {

@@ -3,6 +3,9 @@
 use berth_cpu::VcpuId;
 use berth_devices::power::PowerEvent;
 
+/// Called when what was asked for is done; dropped when the machine ends before.
+pub type Done = Box<dyn FnOnce() + Send>;
+
 /// Something happened.
 pub enum Event {
     /// The guest asked for something through a device.
@@ -11,6 +14,10 @@ pub enum Event {
     Stop,
     /// The owner pressed the reset button.
     Reset,
+    /// The owner wants the VM to stand still.
+    Pause(Done),
+    /// The owner wants the VM to go on.
+    Resume(Done),
     /// A vCPU does not run any more.
     VcpuParked {
         /// Which.

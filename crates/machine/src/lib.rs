@@ -19,7 +19,9 @@ mod control;
 mod engine_tests;
 mod event;
 mod machine;
+mod notice;
 pub mod options;
+mod status;
 mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -33,6 +35,8 @@ pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
 pub use control::{BalloonControl, MachineControl};
 pub use machine::{Machine, MachineError};
+pub use notice::{Notice, Notices, Recorded};
+pub use status::MachineState;
 pub use virtio::{DiskResizeError, VirtioError};
 
 /// How a machine ended.

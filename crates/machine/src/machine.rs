@@ -20,6 +20,7 @@ use crate::board::{Board, BoardError};
 use crate::config::{BadVcpuCount, EngineKind, MachineConfig};
 use crate::control::MachineControl;
 use crate::event::Event;
+use crate::status::Status;
 use crate::supervisor::{Parts, Supervisor};
 use crate::vcpu_thread::{VcpuContext, VcpuThread};
 use berth_devices::thread_name;
@@ -111,6 +112,7 @@ impl Machine {
         let booted = berth_boot::load(&memory, &source, &platform)?;
         info!("{} is loaded by the {}", source.kernel.display(), booted.protocol);
 
+        let status = Status::new(config.vcpus);
         let (sender, events) = channel();
         let power = sender.clone();
         let power = PowerSink::new(move |event| {
@@ -125,6 +127,7 @@ impl Machine {
             board: board.clone(),
             memory: memory.clone(),
             events: sender.clone(),
+            status: status.clone(),
         };
         let mut vcpus = Vec::new();
         for id in (0..config.vcpus).map(VcpuId) {
@@ -144,8 +147,9 @@ impl Machine {
             platform,
             no_reboot: config.no_reboot,
             entry: booted.state,
+            status: status.clone(),
         });
-        let control = MachineControl::new(sender, board, memory);
+        let control = MachineControl::new(sender, board, memory, status);
         Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
     }
 

@@ -3,19 +3,23 @@
 //! ```text
 //!                 start()                power-off, debug exit, stop, failure
 //!   Loaded ────────────────► Running ────────────────► Halted ────────► end
-//!      ▲                        │ reset                  │
-//!      │                        └───────────────────► Halted
-//!      └──────── devices reset, kernel loaded again ─────┘
+//!      ▲              resume ▲  │ pause                  ▲ │
+//!      │                     Paused ─────────────────────┘ │ reset
+//!      └──────── devices reset, kernel loaded again ───────┘
 //! ```
 //! The order is:
 //! 1. *Loaded*: kernel and tables are in memory, devices are as after power-up, no vCPU runs.
 //! 2. *Running*: vCPU 0 was started at the kernel's entry, the others wait for their start-up IPI.
-//! 3. *Halted*: every vCPU has reported that it is parked. Only now devices are reset and memory is loaded again,
+//! 3. *Paused*: every vCPU is parked, no device has a request under way, and the clock of devices stands still; time
+//!    that passes is none of the guest's. First the vCPUs stop, then the clock, then the devices; they go on in the
+//!    opposite order.
+//! 4. *Halted*: every vCPU has reported that it is parked. Only now devices are reset and memory is loaded again,
 //!    because a running vCPU would see half of it.
 //!
 //! The first event that ends *Running* decides; what other vCPUs cause until they are parked is dropped,
-//! except a wish of the owner to stop.
+//! except a wish of the owner to stop. What happens while the vCPUs stop for a pause is dealt with when it is reached.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
@@ -27,8 +31,10 @@ use berth_memory::GuestMemory;
 use tracing::{debug, info};
 
 use crate::Outcome;
-use crate::board::Board;
+use crate::board::{Board, Pause};
 use crate::event::{Event, Parked};
+use crate::notice::Notice;
+use crate::status::{MachineState, Status};
 use crate::vcpu_thread::VcpuThread;
 
 /// Where in its life the machine is; see the module's description.
@@ -36,6 +42,7 @@ use crate::vcpu_thread::VcpuThread;
 enum Phase {
     Loaded,
     Running,
+    Paused,
     Halted,
 }
 
@@ -50,6 +57,10 @@ pub struct Supervisor {
     phase: Phase,
     vcpus: Vec<VcpuThread>,
     events: Receiver<Event>,
+    /// What came while something else was waited for.
+    deferred: VecDeque<Event>,
+    /// While *Paused*.
+    pause: Option<Pause>,
     board: Arc<Board>,
     engine: Arc<dyn Engine>,
     memory: GuestMemory,
@@ -57,6 +68,7 @@ pub struct Supervisor {
     platform: Platform,
     no_reboot: bool,
     entry: CpuState,
+    status: Arc<Status>,
 }
 
 /// What a supervisor is made from: a machine that is *Loaded*.
@@ -79,16 +91,21 @@ pub struct Parts {
     pub no_reboot: bool,
     /// The state of vCPU 0 at the kernel's entry.
     pub entry: CpuState,
+    /// Where others see how it stands.
+    pub status: Arc<Status>,
 }
 
 impl Supervisor {
     /// A machine that is *Loaded*.
     pub fn new(parts: Parts) -> Self {
-        let Parts { vcpus, events, board, engine, memory, source, platform, no_reboot, entry } = parts;
+        let Parts { vcpus, events, board, engine, memory, source, platform, no_reboot, entry, status } =
+            parts;
         Self {
             phase: Phase::Loaded,
             vcpus,
             events,
+            deferred: VecDeque::new(),
+            pause: None,
             board,
             engine,
             memory,
@@ -96,6 +113,7 @@ impl Supervisor {
             platform,
             no_reboot,
             entry,
+            status,
         }
     }
 
@@ -104,6 +122,7 @@ impl Supervisor {
         let outcome = self.lead();
         // What the guest wrote to its disks is to be there, whether it asked for that or not.
         self.board.stop_devices();
+        self.status.enter(MachineState::Ended);
         outcome
     }
 
@@ -132,6 +151,7 @@ impl Supervisor {
     /// *Loaded* to *Running*.
     fn power_on(&mut self) {
         self.enter(Phase::Loaded, Phase::Running);
+        self.status.enter(MachineState::Running);
         let waiting = CpuState { mp_state: MpState::WaitForSipi, ..CpuState::reset() };
         // Vcpu 0 last, so that the others are there when it sends the first IPI.
         for (index, vcpu) in self.vcpus.iter_mut().enumerate().rev() {
@@ -144,18 +164,26 @@ impl Supervisor {
 
     /// Handles events until one of them ends *Running*.
     fn serve(&mut self) -> Verdict {
-        assert_eq!(self.phase, Phase::Running);
         loop {
             // Senders live in the board, which this has: there is always one.
-            let Ok(event) = self.events.recv() else { return Verdict::End(Outcome::Stopped) };
+            let Some(event) = self.next_event() else { return Verdict::End(Outcome::Stopped) };
             match event {
                 Event::Power(PowerEvent::PowerOff) => return Verdict::End(Outcome::PoweredOff),
                 Event::Power(PowerEvent::Reset) if self.no_reboot => return Verdict::End(Outcome::Reset),
-                Event::Power(PowerEvent::Reset) | Event::Reset => return Verdict::Restart,
+                Event::Power(PowerEvent::Reset) => return self.restart(true),
+                Event::Reset => return self.restart(false),
                 Event::Power(PowerEvent::DebugExit(code)) => {
                     return Verdict::End(Outcome::DebugExit(i32::from(code)));
                 }
                 Event::Stop => return Verdict::End(Outcome::Stopped),
+                Event::Pause(done) => {
+                    self.pause();
+                    done();
+                }
+                Event::Resume(done) => {
+                    self.resume();
+                    done();
+                }
                 Event::VcpuParked { id, parked } => {
                     let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) else { continue };
                     vcpu.parked();
@@ -172,9 +200,60 @@ impl Supervisor {
         }
     }
 
-    /// *Running* to *Halted*: returns when no vCPU runs any more. The verdict is [`Verdict::End`] if something
+    fn next_event(&mut self) -> Option<Event> {
+        self.deferred.pop_front().or_else(|| self.events.recv().ok())
+    }
+
+    fn restart(&self, by_guest: bool) -> Verdict {
+        self.status.notices().add(Notice::Reset { by_guest });
+        Verdict::Restart
+    }
+
+    /// *Running* to *Paused*, if it is *Running*.
+    fn pause(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.request_stop();
+        }
+        while self.vcpus.iter().any(VcpuThread::is_running) {
+            let Ok(event) = self.events.recv() else { break };
+            if let Event::VcpuParked { id, .. } = &event
+                && let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0))
+            {
+                vcpu.parked();
+            }
+            if !matches!(event, Event::VcpuParked { parked: Parked::Stopped, .. }) {
+                self.deferred.push_back(event);
+            }
+        }
+        self.pause = Some(self.board.pause());
+        self.enter(Phase::Running, Phase::Paused);
+        self.status.enter(MachineState::Paused);
+        info!("the VM is paused");
+    }
+
+    /// *Paused* to *Running*, if it is *Paused*.
+    fn resume(&mut self) {
+        let Some(pause) = self.pause.take() else { return };
+        self.enter(Phase::Paused, Phase::Running);
+        let stood_still = self.board.resume(&pause);
+        self.engine.skip_time(stood_still);
+        for vcpu in &mut self.vcpus {
+            vcpu.resume_after(stood_still);
+        }
+        self.status.enter(MachineState::Running);
+        info!("the VM goes on after {:?}", stood_still.time);
+    }
+
+    /// *Running* or *Paused* to *Halted*: returns when no vCPU runs any more. The verdict is [`Verdict::End`] if something
     /// happened meanwhile that forbids a restart.
     fn halt(&mut self) -> Verdict {
+        if let Some(pause) = self.pause.take() {
+            self.enter(Phase::Paused, Phase::Running);
+            self.board.resume(&pause);
+        }
         self.enter(Phase::Running, Phase::Halted);
         for vcpu in &self.vcpus {
             vcpu.request_stop();
@@ -193,6 +272,7 @@ impl Supervisor {
                 Ok(Event::Stop) => verdict = Verdict::End(Outcome::Stopped),
                 Ok(Event::Power(event)) => debug!("{event:?} came while the VM halted"),
                 Ok(Event::Reset) => {}
+                Ok(event @ (Event::Pause(_) | Event::Resume(_))) => self.deferred.push_back(event),
                 Err(_) => break,
             }
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use berth_cpu::{CpuState, MpState, VcpuId};
 use berth_engine::{
-    Bus, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, Vcpu, VcpuHandle,
+    Bus, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, StoodStill, Vcpu, VcpuHandle,
 };
 use berth_memory::layout::ports;
 use berth_memory::{GuestMemory, GuestPhysAddr};
@@ -91,6 +91,7 @@ impl Vcpu for ScriptVcpu {
     fn state(&mut self) -> CpuState {
         self.state.clone()
     }
+    fn skip_time(&mut self, _time: StoodStill) {}
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
         self.state = state.clone();
         Ok(())
@@ -124,6 +125,7 @@ impl Engine for ScriptEngine {
             script: self.script.clone(),
         }))
     }
+    fn skip_time(&self, _time: StoodStill) {}
     fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
     fn add_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) -> bool {
         false

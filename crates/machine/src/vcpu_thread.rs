@@ -11,13 +11,14 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
 use berth_cpu::{CpuState, VcpuId};
-use berth_engine::{Exit, Vcpu, VcpuHandle};
+use berth_engine::{Exit, StoodStill, Vcpu, VcpuHandle};
 use berth_memory::GuestMemory;
 use tracing::{Level, debug, enabled};
 
 use crate::account::account;
 use crate::board::Board;
 use crate::event::{Event, Parked};
+use crate::status::Status;
 use berth_devices::thread_name;
 
 /// What a parked vCPU is told.
@@ -26,6 +27,8 @@ enum Command {
     Start(Box<CpuState>),
     /// Run on.
     Resume,
+    /// Run on after the machine stood still for a time that the guest shall not see.
+    Skip(StoodStill),
 }
 
 /// The supervisor's side of a vCPU's thread.
@@ -48,6 +51,8 @@ pub struct VcpuContext {
     pub memory: GuestMemory,
     /// Where the thread reports.
     pub events: Sender<Event>,
+    /// Where the thread says which one it is.
+    pub status: Arc<Status>,
 }
 
 impl VcpuThread {
@@ -72,6 +77,11 @@ impl VcpuThread {
     /// Runs the vCPU from where it stopped on. It must not be running.
     pub fn resume(&mut self) {
         self.command(Command::Resume);
+    }
+
+    /// Runs the vCPU from where it stopped on, after a time that the guest shall not see. It must not be running.
+    pub fn resume_after(&mut self, time: StoodStill) {
+        self.command(Command::Skip(time));
     }
 
     fn command(&mut self, command: Command) {
@@ -112,11 +122,16 @@ impl Drop for VcpuThread {
 
 /// The thread.
 fn serve(id: VcpuId, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, context: &VcpuContext) {
+    context.status.this_thread_is(id);
     while let Ok(command) = commands.recv() {
         let mut report = Report { id, events: &context.events, parked: Parked::Panicked };
         let ready = match command {
             Command::Start(state) => vcpu.set_state(&state),
             Command::Resume => Ok(()),
+            Command::Skip(time) => {
+                vcpu.skip_time(time);
+                Ok(())
+            }
         };
         report.parked = match ready {
             Ok(()) => run(vcpu.as_mut(), context),

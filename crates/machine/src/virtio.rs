@@ -204,6 +204,13 @@ impl VirtioDevices {
         }
     }
 
+    /// Goes on after [`Self::pause`].
+    pub fn resume(&self) {
+        for function in &self.functions {
+            function.resume();
+        }
+    }
+
     /// All devices as after power-up.
     pub fn reset(&self) {
         for function in &self.functions {

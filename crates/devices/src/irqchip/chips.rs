@@ -133,6 +133,11 @@ impl InterruptChips {
         self.lapics.get(usize::from(id.0))
     }
 
+    /// All local APICs, by vCPU.
+    pub fn local_apics(&self) -> &[Arc<Lapic>] {
+        &self.lapics
+    }
+
     /// [`Interrupts::line`] of these controllers.
     ///
     /// # Errors

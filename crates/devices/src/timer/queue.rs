@@ -131,6 +131,21 @@ impl Timers {
         &self.shared.clock
     }
 
+    /// Lets the clock stand still: no timer comes due until [`Self::go_on`].
+    pub fn stop(&self) {
+        self.shared.clock.stop();
+    }
+
+    /// Lets the clock go on from where it was stopped; deadlines are as far away as they were then.
+    pub fn go_on(&self) {
+        let mut queue = self.shared.queue.lock();
+        self.shared.clock.go_on();
+        // The thread sleeps without an end, or until an instant that is too early now.
+        queue.sleeping_until = 0;
+        drop(queue);
+        self.shared.wake.notify_one();
+    }
+
     /// A timer that calls `callback` on the timer thread, with no lock of the queue held, each time that its
     /// deadline has come. The callback lives as long as the timer: to avoid a cycle let it hold a `Weak` to what
     /// owns the timer. It may arm the timer again. A callback that was already due may still run after
@@ -325,6 +340,23 @@ mod tests {
         for _ in 0..10 {
             fired.recv_timeout(Duration::from_secs(20)).unwrap();
         }
+    }
+
+    #[test]
+    fn nothing_comes_due_while_the_clock_stands_still() {
+        let timers = Timers::start("test").unwrap();
+        let (send, fired) = mpsc::channel();
+        let timer = timers.timer(move || send.send(()).unwrap());
+        timer.arm(timers.clock().now() + 1_000_000);
+        timers.stop();
+        let first = fired.recv_timeout(Duration::from_millis(50));
+        // It may have been due before the clock stood still; then another one is not.
+        if first.is_ok() {
+            timer.arm(timers.clock().now() + 1_000_000);
+            assert!(fired.recv_timeout(Duration::from_millis(50)).is_err());
+        }
+        timers.go_on();
+        fired.recv_timeout(Duration::from_secs(20)).unwrap();
     }
 
     #[test]

@@ -77,7 +77,8 @@ fn moment() -> (Instant, u64) {
     (best.1, best.2)
 }
 
-fn read_tsc() -> u64 {
+/// The host's time-stamp counter.
+pub fn read_tsc() -> u64 {
     // SAFETY: RDTSC exists on every x86-64 CPU and accesses no memory; Linux leaves it enabled for programs.
     unsafe { _rdtsc() }
 }

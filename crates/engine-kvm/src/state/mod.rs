@@ -24,7 +24,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-pub use msrs::KnownMsrs;
+pub use msrs::{KnownMsrs, move_tsc};
 
 /// A state that KVM refuses: EINVAL is a bad value, all else is a bad host.
 pub(crate) fn bad(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> EngineError {

@@ -97,3 +97,9 @@ pub fn read_one(vcpu: &VcpuFd, number: u32) -> Result<u64, EngineError> {
     let read = vcpu.get_msrs(&mut list).map_err(super::bad("MSRs"))?;
     Ok(list.as_slice().first().filter(|_| read == 1).map_or(0, |e| e.data))
 }
+/// Adds `ticks` to the time-stamp counter.
+pub fn move_tsc(vcpu: &VcpuFd, ticks: u64) -> Result<(), EngineError> {
+    let now = read_one(vcpu, n::IA32_TSC)?;
+    write_one(vcpu, n::IA32_TSC, now.wrapping_add(ticks))?;
+    Ok(())
+}

@@ -1,10 +1,11 @@
 //! kvmclock: nanoseconds since the VM started, as a line through one point that all vCPUs share.
 //!
 //! The guest computes `time = base + (((tsc - base_tsc) << shift) * multiplier >> 32)`. The base never changes,
-//! so clocks of different vCPUs agree exactly and can be declared stable.
+//! so clocks of different vCPUs agree exactly and can be declared stable. While the VM stands still the guest's counter
+//! does too, and the base moves on the host's counter only: what the guest was told stays right.
 
 use std::arch::x86_64::_rdtsc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use berth_memory::GuestPhysAddr;
@@ -60,18 +61,28 @@ impl Scale {
 
 /// The moment when a VM's time began.
 pub(super) struct TimeBase {
-    host_tsc: u64,
+    host_tsc: AtomicU64,
     scale: Scale,
 }
 
 impl TimeBase {
     pub(super) fn now(tsc_hz: u64) -> Self {
-        Self { host_tsc: host_tsc(), scale: Scale::of(tsc_hz) }
+        Self { host_tsc: AtomicU64::new(host_tsc()), scale: Scale::of(tsc_hz) }
     }
 
     /// Time since then.
     fn elapsed(&self) -> Duration {
-        Duration::from_nanos(self.scale.nanos(host_tsc().wrapping_sub(self.host_tsc)))
+        Duration::from_nanos(self.scale.nanos(host_tsc().wrapping_sub(self.host_tsc())))
+    }
+
+    /// The host's counter when it began, less what was skipped since.
+    fn host_tsc(&self) -> u64 {
+        self.host_tsc.load(Ordering::SeqCst)
+    }
+
+    /// `ticks` of the host's counter were no time of the VM.
+    pub(super) fn skip(&self, ticks: u64) {
+        self.host_tsc.fetch_add(ticks, Ordering::SeqCst);
     }
 }
 
@@ -107,7 +118,7 @@ fn publish(cpu: &Cpu) {
     let time = &cpu.vm.pv.time;
     let Some(version) = shared::word(memory, addr) else { return };
     let mut body = [0; TIME_INFO_SIZE as usize - 8];
-    body[..8].copy_from_slice(&time.host_tsc.wrapping_add(cpu.msrs.tsc_offset).to_le_bytes());
+    body[..8].copy_from_slice(&time.host_tsc().wrapping_add(cpu.msrs.tsc_offset).to_le_bytes());
     // Bytes 8 to 15 are the time at that count: 0.
     body[16..20].copy_from_slice(&time.scale.multiplier.to_le_bytes());
     body[20] = time.scale.shift as u8;

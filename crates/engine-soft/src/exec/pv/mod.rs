@@ -54,6 +54,11 @@ impl PvShared {
         Self { time: clock::TimeBase::now(tsc_hz), unhalted: std::array::from_fn(|_| AtomicBool::new(false)) }
     }
 
+    /// The VM stood still for `ticks` of the host's counter.
+    pub fn skip(&self, ticks: u64) {
+        self.time.skip(ticks);
+    }
+
     fn unhalt(&self, vcpu: VcpuId) {
         if let Some(flag) = self.unhalted.get(usize::from(vcpu.0)) {
             flag.store(true, Ordering::SeqCst);

@@ -1,0 +1,55 @@
+//! What the VM is and what it uses.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::Json;
+use axum::extract::State;
+use berth_api::types::{BalloonStats, VcpuStats, VmInfo, VmStats};
+
+use crate::server::{Shared, unix_seconds};
+use crate::threads;
+
+/// What the VM is, and how it is doing
+#[utoipa::path(get, path = "/vm", tag = "vm", responses((status = 200, body = VmInfo)))]
+pub async fn info(State(shared): State<Arc<Shared>>) -> Json<VmInfo> {
+    Json(shared.info())
+}
+
+/// What the VM uses
+#[utoipa::path(get, path = "/stats", tag = "vm", responses((status = 200, body = VmStats)))]
+pub async fn stats(State(shared): State<Arc<Shared>>) -> Json<VmStats> {
+    Json(measure(&shared))
+}
+
+/// What the VM uses now.
+pub fn measure(shared: &Shared) -> VmStats {
+    let control = &shared.vm.control;
+    let threads = control.vcpu_threads();
+    let vcpus =
+        (0..).zip(threads).filter_map(|(id, tid)| Some(VcpuStats { id, thread: threads::thread(tid?)? }));
+    let balloon = control.balloon().map(|balloon| {
+        let status = balloon.status();
+        BalloonStats {
+            target_bytes: status.target,
+            actual_bytes: status.actual,
+            reported_bytes: status.reported,
+            guest_free_bytes: status.statistics.and_then(|s| s.free),
+            guest_available_bytes: status.statistics.and_then(|s| s.available),
+        }
+    });
+    VmStats {
+        state: shared.state(),
+        at: unix_seconds(SystemTime::now()),
+        uptime_seconds: shared.started.elapsed().as_secs_f64(),
+        cpu_seconds: threads::process_cpu_seconds(),
+        vcpus: vcpus.collect(),
+        memory: berth_api::types::MemoryStats {
+            size_bytes: shared.vm.description.memory_bytes,
+            ..threads::memory()
+        },
+        balloon,
+        disks: Vec::new(),
+        nets: Vec::new(),
+    }
+}

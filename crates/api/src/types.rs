@@ -1,0 +1,13 @@
+//! What goes over the socket, as JSON.
+//!
+//! Names of fields end with their unit where they have one: `_bytes`, `_seconds`. Times are seconds since 1970.
+
+mod event;
+mod info;
+mod request;
+mod stats;
+
+pub use event::{Event, EventKind};
+pub use info::{ConsoleKind, DiskInfo, Ending, NetInfo, VmDescription, VmInfo, VmState, VsockInfo};
+pub use request::{ApiError, BalloonRequest, ConsoleSize, DiskSizeRequest, ErrorCode, StopRequest};
+pub use stats::{BalloonStats, DiskStats, MemoryStats, NetStats, ThreadStats, VcpuStats, VmStats};

@@ -1,0 +1,98 @@
+//! What requests say, and the answer to those that cannot be met.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Body of `POST /stop`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct StopRequest {
+    /// Seconds until a guest that is not off by then is ended; 0 ends it at once. [default: 10]
+    #[schema(minimum = 0, maximum = 86400, default = 10)]
+    pub timeout_seconds: u32,
+}
+
+impl StopRequest {
+    /// Longest time to wait, in seconds: a day.
+    pub const MAX_TIMEOUT: u32 = 86_400;
+}
+
+impl Default for StopRequest {
+    fn default() -> Self {
+        Self { timeout_seconds: 10 }
+    }
+}
+
+/// Body of `PUT /balloon`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// Memory that the guest is asked to give back in all, in bytes; rounded down to pages, and at most the size of its memory.
+    #[schema(minimum = 0)]
+    pub target_bytes: u64,
+}
+
+/// Body of `PUT /disks/{id}/size`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSizeRequest {
+    /// The disk's new size in bytes: not less than it has, and a multiple of 512.
+    #[schema(minimum = 512)]
+    pub size_bytes: u64,
+}
+
+/// Body of `PUT /console/size`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleSize {
+    /// Columns of the terminal.
+    #[schema(minimum = 1)]
+    pub columns: u16,
+    /// Rows of the terminal.
+    #[schema(minimum = 1)]
+    pub rows: u16,
+}
+
+/// What kind of thing is wrong with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The request makes no sense: its body, a parameter.
+    BadRequest,
+    /// Who asks may not.
+    Forbidden,
+    /// There is no such route, device or the like.
+    NotFound,
+    /// The route does not have this method.
+    MethodNotAllowed,
+    /// It cannot be done in the state that the VM is in.
+    WrongState,
+    /// The VM cannot do it: it has no such device, or the guest does not take part.
+    NotPossible,
+    /// The request must ask for an upgrade of its connection.
+    UpgradeRequired,
+    /// The body is not JSON, or too large.
+    BadBody,
+    /// The host refused something, or Berth has a fault.
+    Internal,
+    /// A code of a newer server.
+    #[serde(other)]
+    Other,
+}
+
+/// The body of every answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ApiError {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: one line.
+    pub message: String,
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}

@@ -1,0 +1,262 @@
+//! VMs in the background, and the commands that find and steer them. The guests are a few instructions each.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{ECHOES, SLEEPS, kernel};
+
+mod common;
+
+const LIMIT: Duration = Duration::from_secs(60);
+/// mov al, 0x10; out 0xf4, al, after about a second of a loop.
+const ENDS_SOON: &[u8] = &[
+    0xb9, 0x00, 0x00, 0x00, 0x20, // mov ecx, 0x20000000
+    0x49, 0x75, 0xfd, // again: dec ecx; jnz again
+    0xb0, 0x10, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd, // mov al, 0x10; out 0xf4, al; hlt; jmp hlt
+];
+
+/// A user with VMs of their own.
+struct User {
+    directory: tempfile::TempDir,
+}
+
+impl User {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
+        command.args(arguments).env("XDG_RUNTIME_DIR", self.directory.path());
+        command.env("XDG_DATA_HOME", self.directory.path().join("data")).stdin(Stdio::null());
+        command
+    }
+
+    fn berth(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What the command prints; it must succeed.
+    fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.berth(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The complaint of a command that must fail with this exit code.
+    fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.berth(arguments);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        said
+    }
+
+    fn start(&self, name: &str, code: &[u8]) {
+        let kernel = kernel(&self.directory, code);
+        let arguments =
+            ["run", "-d", "--engine", "soft", "--memory", "16M", "--debug-exit", "--name", name, "--kernel"];
+        let printed = self.ok(&[&arguments[..], &[kernel.to_str().unwrap()]].concat());
+        assert_eq!(printed, format!("{name}\n"));
+    }
+
+    fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    fn state(&self, name: &str) -> String {
+        let all = self.json(&["ps", "--all", "--json"]);
+        let vm = all.as_array().unwrap().iter().find(|vm| vm["name"] == name);
+        vm.map_or_else(String::new, |vm| vm["state"].as_str().unwrap().to_owned())
+    }
+
+    fn home(&self, name: &str) -> PathBuf {
+        self.directory.path().join("berth").join(name)
+    }
+
+    /// Nothing of VMs may be left.
+    fn assert_clean(&self) {
+        let left: Vec<_> =
+            std::fs::read_dir(self.directory.path().join("berth")).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        for vm in std::fs::read_dir(self.directory.path().join("berth")).into_iter().flatten().flatten() {
+            self.berth(&["kill", vm.file_name().to_str().unwrap()]);
+        }
+    }
+}
+
+#[test]
+fn a_vm_in_the_background_is_listed_described_and_stopped() {
+    let user = User::new();
+    user.start("one", SLEEPS);
+    let table = user.ok(&["ps"]);
+    assert!(table.lines().nth(1).unwrap().starts_with("one "), "{table}");
+    assert!(table.contains("1 VM; vCPUs : host CPUs = 1 : "), "{table}");
+    assert!(user.ok(&["ps", "--threads"]).contains("one/vcpu0"));
+    let vm = &user.json(&["inspect", "one"])[0];
+    assert_eq!((vm["state"].as_str(), vm["memory_bytes"].as_u64()), (Some("running"), Some(16 << 20)));
+    assert_eq!(vm["engine"], "soft");
+    let stats = user.json(&["stats", "--json", "one"]);
+    let thread = &stats["vcpus"][0];
+    let comm = format!("/proc/{}/task/{}/comm", vm["pid"], thread["tid"]);
+    assert_eq!(std::fs::read_to_string(comm).unwrap(), "one/vcpu0\n");
+    // The same name again.
+    let kernel = kernel(&user.directory, SLEEPS);
+    let said = user.fails(1, &["run", "-d", "--name", "one", "--kernel", kernel.to_str().unwrap()]);
+    assert!(said.contains("runs already") && said.contains(&vm["pid"].to_string()), "{said}");
+    // This guest has no ACPI: it is ended when its time is over.
+    user.ok(&["stop", "--timeout", "1", "one"]);
+    user.assert_clean();
+    assert!(user.fails(1, &["stop", "one"]).contains("there is no VM one"));
+}
+
+#[test]
+fn errors_of_the_start_are_those_of_the_command() {
+    let user = User::new();
+    let said = user.fails(1, &["run", "-d", "--name", "x", "--kernel", "/nonexistent"]);
+    assert!(said.contains("/nonexistent: cannot be read"), "{said}");
+    user.fails(2, &["run", "-d", "--memory", "0"]);
+    user.assert_clean();
+}
+
+#[test]
+fn a_killed_process_is_seen_and_its_name_can_be_used_again() {
+    let user = User::new();
+    user.start("victim", SLEEPS);
+    let pid = user.json(&["inspect", "victim"])[0]["pid"].to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    let end = Instant::now() + LIMIT;
+    while user.state("victim") != "killed" {
+        assert!(Instant::now() < end, "{}", user.state("victim"));
+    }
+    assert!(!user.ok(&["ps"]).contains("victim"));
+    assert!(!user.home("victim").join("api.sock").exists(), "ps has not removed the socket");
+    assert!(user.fails(1, &["pause", "victim"]).contains("was killed"));
+    assert_eq!(user.json(&["inspect", "victim"])[0]["state"], "killed");
+    user.start("victim", SLEEPS);
+    assert_eq!(user.state("victim"), "running");
+    user.ok(&["kill", "victim"]);
+    user.assert_clean();
+}
+
+#[test]
+fn rm_removes_what_a_killed_vm_left_and_spares_those_that_run() {
+    let user = User::new();
+    user.start("a", SLEEPS);
+    assert!(user.fails(1, &["rm", "a"]).contains("runs already"));
+    let pid = user.json(&["inspect", "a"])[0]["pid"].to_string();
+    assert!(Command::new("kill").args(["-KILL", &pid]).status().unwrap().success());
+    let end = Instant::now() + LIMIT;
+    while user.state("a") != "killed" {
+        assert!(Instant::now() < end);
+    }
+    user.ok(&["rm", "a"]);
+    user.assert_clean();
+    assert!(user.fails(1, &["rm", "a"]).contains("there is no VM a"));
+}
+
+#[test]
+fn a_vm_that_ends_by_itself_leaves_its_exit_code() {
+    let user = User::new();
+    user.start("short", ENDS_SOON);
+    assert_eq!(user.berth(&["wait", "short"]).status.code(), Some(0x21));
+    // And again, of one that has ended.
+    assert_eq!(user.berth(&["wait", "short"]).status.code(), Some(0x21));
+    assert_eq!(user.state("short"), "ended");
+    assert!(user.ok(&["ps", "--all"]).contains("ended (33)"));
+    assert_eq!(user.json(&["inspect", "short"])[0]["ending"]["exit_code"], 0x21);
+    user.ok(&["rm", "short"]);
+    user.assert_clean();
+}
+
+#[test]
+fn several_read_the_console_and_type_into_it() {
+    let user = User::new();
+    user.start("echo", ECHOES);
+    let mut reader =
+        user.command(&["console", "--read-only", "echo"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut typist = user.command(&["console", "--quit=1", "echo"]);
+    let mut typist = typist.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    typist.stdin.take().unwrap().write_all(b"hello").unwrap();
+    let typed = typist.wait_with_output().unwrap();
+    assert_eq!((typed.status.code(), typed.stdout.as_slice()), (Some(0), b"hello".as_slice()));
+    assert_eq!(user.ok(&["logs", "echo"]), "hello");
+    // A new reader sees what was printed before; the end of the VM ends it.
+    let mut late = user.command(&["console", "echo"]);
+    let mut late = late.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 5];
+    late.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"hello");
+    late.stdin.take().unwrap().write_all(b"bye Q").unwrap();
+    let mut seen = String::new();
+    reader.stdout.take().unwrap().read_to_string(&mut seen).unwrap();
+    assert_eq!(seen, "hellobye Q");
+    assert!(reader.wait().unwrap().success() && late.wait().unwrap().success());
+    assert_eq!(user.ok(&["logs", "--follow", "echo"]), "hellobye Q");
+    assert_eq!(user.berth(&["wait", "echo"]).status.code(), Some(1));
+    user.ok(&["rm", "echo"]);
+    user.assert_clean();
+}
+
+#[test]
+fn a_paused_vm_does_nothing_until_it_is_resumed() {
+    let user = User::new();
+    user.start("echo", ECHOES);
+    user.ok(&["pause", "echo"]);
+    assert_eq!(user.state("echo"), "paused");
+    let mut typist = user.command(&["console", "--quit=1", "echo"]);
+    let mut typist = typist.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    typist.stdin.take().unwrap().write_all(b"abc").unwrap();
+    assert!(typist.wait_with_output().unwrap().stdout.is_empty(), "a paused guest has answered");
+    let before = user.json(&["stats", "--json", "echo"])["vcpus"][0]["cpu_seconds"].clone();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(user.json(&["stats", "--json", "echo"])["vcpus"][0]["cpu_seconds"], before);
+    user.ok(&["pause", "echo"]);
+    user.ok(&["resume", "echo"]);
+    assert_eq!(user.state("echo"), "running");
+    let end = Instant::now() + LIMIT;
+    while user.ok(&["logs", "echo"]) != "abc" {
+        assert!(Instant::now() < end, "the guest does not go on");
+    }
+    let events = user.ok(&["events", "--json", "--no-follow", "echo"]);
+    let states: Vec<serde_json::Value> =
+        events.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let states: Vec<&str> = states.iter().filter_map(|e| e["state"].as_str()).collect();
+    assert_eq!(states, ["running", "paused", "running"]);
+    user.ok(&["pause", "echo"]);
+    user.ok(&["reset", "echo"]);
+    let end = Instant::now() + LIMIT;
+    while user.state("echo") != "running" {
+        assert!(Instant::now() < end, "a reset lets the guest go on");
+    }
+    user.ok(&["pause", "echo"]);
+    user.ok(&["stop", "-t", "1", "echo"]);
+    user.assert_clean();
+}
+
+#[test]
+fn the_same_vm_starts_and_stops_again_and_again() {
+    let user = User::new();
+    for _ in 0..20 {
+        user.start("again", SLEEPS);
+        user.ok(&["kill", "again"]);
+        user.assert_clean();
+    }
+}
+
+#[test]
+fn names_complete() {
+    let user = User::new();
+    user.start("complete-me", SLEEPS);
+    for command in ["stop", "console", "logs", "wait", "inspect", "rm", "stats", "pause"] {
+        let mut asked = user.command(&["--", "berth", command, "comp"]);
+        let asked = asked.envs([("BERTH_COMPLETE", "fish"), ("_CLAP_COMPLETE_INDEX", "2")]).output().unwrap();
+        assert_eq!(String::from_utf8(asked.stdout).unwrap().trim(), "complete-me", "{command}");
+    }
+}
