@@ -26,6 +26,15 @@ impl PageBits {
             }
         }
     }
+
+    /// The bits of pages `64 * word` and the next 63; clears them.
+    pub(crate) fn take_word(&self, word: usize) -> u64 {
+        match self.0.get(word) {
+            // An unset word is only read, so that it does not become resident.
+            Some(bits) if bits.load(Ordering::Relaxed) != 0 => bits.swap(0, Ordering::Relaxed),
+            _ => 0,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -41,5 +50,7 @@ mod tests {
         assert!(bits.get(63) && !bits.get(62) && bits.get(129) && !bits.get(1 << 20));
         bits.set(1 << 20);
         assert!(!bits.get(1 << 20));
+        assert_eq!((bits.take_word(0), bits.take_word(0)), (1 << 63 | 1, 0));
+        assert!(bits.get(64) && !bits.get(0));
     }
 }

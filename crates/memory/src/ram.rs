@@ -1,13 +1,17 @@
 //! RAM: regions of guest physical memory backed by anonymous host memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
 
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::bits::PageBits;
+use crate::cold::Ages;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM};
+use crate::store::{Evicted, Faults, Hold, Holds, Store, StoreCounters, StoreError};
 use crate::{GuestPhysAddr, HostVirtAddr, PAGE_SHIFT, PAGE_SIZE};
 
 /// Why guest memory could not be made or accessed.
@@ -71,11 +75,22 @@ impl RamRegion {
 /// The RAM of one VM. Cheap to clone: clones share the memory.
 #[derive(Clone)]
 pub struct GuestMemory {
-    map: Arc<GuestMemoryMmap>,
+    pages: Arc<Pages>,
     regions: Arc<[RamRegion]>,
     size: u64,
+    // Last: the store goes first.
+    map: Arc<GuestMemoryMmap>,
+}
+
+/// What is known of the pages.
+struct Pages {
     /// Pages that the guest gave back at some time.
-    released: Arc<PageBits>,
+    released: PageBits,
+    /// Pages that were accessed of late.
+    accessed: PageBits,
+    holds: Arc<Holds>,
+    store: OnceLock<Store>,
+    store_begins: Mutex<()>,
 }
 
 impl std::fmt::Debug for GuestMemory {
@@ -109,8 +124,15 @@ impl GuestMemory {
                 host: HostVirtAddr(r.as_ptr() as u64),
             })
             .collect();
-        let released = Arc::new(PageBits::new((size >> PAGE_SHIFT) as usize));
-        Ok(Self { map: Arc::new(map), regions, size, released })
+        let count = (size >> PAGE_SHIFT) as usize;
+        let pages = Pages {
+            released: PageBits::new(count),
+            accessed: PageBits::new(count),
+            holds: Arc::new(Holds::new(count)),
+            store: OnceLock::new(),
+            store_begins: Mutex::new(()),
+        };
+        Ok(Self { pages: Arc::new(pages), regions, size, map: Arc::new(map) })
     }
 
     /// Size of all RAM in bytes.
@@ -153,12 +175,86 @@ impl GuestMemory {
 
     /// Whether the guest gave the page back at some time.
     pub(crate) fn is_released(&self, page: usize) -> bool {
-        self.released.get(page)
+        self.pages.released.get(page)
     }
 
     /// Whether the cold store has the page.
-    pub(crate) fn is_stored(&self, _page: usize) -> bool {
-        false
+    pub(crate) fn is_stored(&self, page: usize) -> bool {
+        self.pages.store.get().is_some_and(|store| store.has(page))
+    }
+
+    /// Notes that the guest, or a device for it, accesses the page at `addr`. Cheap if that was noted before.
+    pub fn mark_accessed(&self, addr: GuestPhysAddr) {
+        if let Some(page) = self.page_index(addr) {
+            self.pages.accessed.set(page);
+        }
+    }
+
+    /// As [`Self::mark_accessed`] for the page with this number among all pages of RAM, without the hole.
+    pub fn mark_page_accessed(&self, page: usize) {
+        self.pages.accessed.set(page);
+    }
+
+    /// The marks of 64 pages; clears them.
+    pub(crate) fn take_accessed(&self, word: usize) -> u64 {
+        self.pages.accessed.take_word(word)
+    }
+
+    /// Begins the cold store of this memory unless it has begun. `thread`: name of the thread that brings pages back.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the host lacks what it needs.
+    pub fn begin_store(&self, faults: Faults, thread: &str) -> Result<(), StoreError> {
+        let _one = self.pages.store_begins.lock();
+        if self.pages.store.get().is_none() {
+            let holds = self.pages.holds.clone();
+            let store = Store::new(self.regions.clone(), holds, faults, thread.to_owned())?;
+            // Nobody else sets it: that needs the lock.
+            let _ = self.pages.store.set(store);
+        }
+        Ok(())
+    }
+
+    /// Takes pages that were not accessed for `min_age` periods out of memory, the coldest first, at most `bytes` of
+    /// them. They come back when they are touched. Does nothing before [`Self::begin_store`].
+    ///
+    /// # Errors
+    /// When the host does not tell what is resident.
+    pub fn evict_cold(&self, ages: &Ages, bytes: u64, min_age: u8) -> std::io::Result<Evicted> {
+        let Some(store) = self.pages.store.get() else { return Ok(Evicted::default()) };
+        Ok(store.evict(&ages.coldest(self, bytes, min_age)?))
+    }
+
+    /// How the cold store stands, if it has begun.
+    pub fn store_counters(&self) -> Option<StoreCounters> {
+        self.pages.store.get().map(Store::counters)
+    }
+
+    /// Keeps ranges of RAM (first address, length in bytes) in memory while a system call works on them. What is not
+    /// RAM is left out.
+    pub fn hold(&self, ranges: impl IntoIterator<Item = (GuestPhysAddr, u64)>) -> Hold {
+        let ranges: Vec<_> = ranges
+            .into_iter()
+            .filter(|(_, len)| *len > 0)
+            .filter_map(|(start, len)| {
+                let host = self.host_address(start, len)?;
+                let (first, last) = (self.page_index(start)?, self.page_index(start + (len - 1))?);
+                Some((host, len, first..=last))
+            })
+            .collect();
+        ranges.iter().flat_map(|(.., pages)| pages.clone()).for_each(|page| self.pages.accessed.set(page));
+        let hold = Hold::new(self.pages.holds.clone(), ranges.iter().map(|(.., pages)| pages.clone()));
+        // From here on they are not taken away; those that were come back at an access in user mode.
+        if self.pages.store.get().is_some_and(Store::needs_holds) {
+            for (host, len, _) in &ranges {
+                for at in (host.page_base().0..host.0 + len).step_by(PAGE_SIZE as usize) {
+                    // SAFETY: the byte is in RAM that is mapped as long as `self`; a volatile read of memory that
+                    // others write.
+                    unsafe { (at as *const u8).read_volatile() };
+                }
+            }
+        }
+        hold
     }
 
     /// Gives `len` bytes from `start` on back to the host; they read as zero from now on. Both are multiples of 4096.
@@ -171,17 +267,22 @@ impl GuestMemory {
         let Some(host) = self.host_address(start, len).filter(|_| whole) else {
             return Err(MemoryError::OutOfRange { start, len });
         };
-        // SAFETY: the range is inside a mapping of ours that is only memory of the guest; nobody has references
-        // into it.
-        match unsafe { libc::madvise(host.0 as *mut libc::c_void, len as usize, libc::MADV_DONTNEED) } {
-            0 => {
-                if let Some(first) = self.page_index(start) {
-                    (first..first + (len >> PAGE_SHIFT) as usize).for_each(|page| self.released.set(page));
-                }
-                Ok(())
+        let Some(first) = self.page_index(start) else { return Err(MemoryError::OutOfRange { start, len }) };
+        let pages = first..first + (len >> PAGE_SHIFT) as usize;
+        let discard = || {
+            // SAFETY: the range is inside a mapping of ours that is only memory of the guest; nobody has references
+            // into it.
+            match unsafe { libc::madvise(host.0 as *mut libc::c_void, len as usize, libc::MADV_DONTNEED) } {
+                0 => Ok(()),
+                _ => Err(MemoryError::Discard { start, len, source: std::io::Error::last_os_error() }),
             }
-            _ => Err(MemoryError::Discard { start, len, source: std::io::Error::last_os_error() }),
+        };
+        match self.pages.store.get() {
+            Some(store) => store.discard(pages.clone(), discard)?,
+            None => discard()?,
         }
+        pages.for_each(|page| self.pages.released.set(page));
+        Ok(())
     }
 
     /// Copies `data` to guest physical `start`.
