@@ -91,6 +91,7 @@ pub struct RunArguments {
 mod tests {
     use super::*;
     use crate::options::Engine;
+    use berth_machine::options::MemoryOptions;
     use clap::CommandFactory;
 
     fn run(arguments: &[&str]) -> Result<VmOptions, String> {
@@ -113,7 +114,7 @@ mod tests {
         let a = run(&[]).unwrap();
         assert_eq!(
             (a.cpus(), a.memory(), a.code_cache(), a.engine()),
-            (1, 512 << 20, 64 << 20, Engine::Auto)
+            (1, MemoryOptions::of_size(512 << 20), 64 << 20, Engine::Auto)
         );
         assert_eq!(a, VmOptions::default());
     }
@@ -143,7 +144,7 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(a.name, Some("web.1".parse().unwrap()));
-        assert_eq!((a.cpus(), a.memory(), a.code_cache()), (64, 2 << 30, 16 << 20));
+        assert_eq!((a.cpus(), a.memory(), a.code_cache()), (64, MemoryOptions::of_size(2 << 30), 16 << 20));
         assert_eq!((a.no_reboot, a.debug_exit, a.no_default_guest), (Some(true), Some(true), Some(true)));
         assert_eq!(a.append.as_deref(), Some("-x quiet"));
     }
@@ -155,7 +156,7 @@ mod tests {
         let all = run(&["--name", "line", "--no-reboot=false", "--memory", "1G"]).unwrap().or(file);
         assert_eq!(
             (all.name.clone().map(String::from), all.cpus(), all.memory()),
-            (Some("line".to_owned()), 8, 1 << 30)
+            (Some("line".to_owned()), 8, MemoryOptions::of_size(1 << 30))
         );
         assert_eq!((all.no_reboot, all.debug_exit), (Some(false), Some(true)));
     }

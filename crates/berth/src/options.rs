@@ -10,9 +10,8 @@ use std::path::{Path, PathBuf};
 use berth_cpu::MAX_VCPUS;
 use berth_image::Name;
 use berth_machine::options::{
-    BalloonOptions, ConsoleKind, DeviceOptions, DiskOptions, NetOptions, VsockOptions, size,
+    BalloonOptions, ConsoleKind, DeviceOptions, DiskOptions, MemoryOptions, NetOptions, VsockOptions, size,
 };
-use berth_memory::layout::MAX_RAM;
 use clap::{Args, ValueEnum};
 use clap_complete::engine::ArgValueCandidates;
 use serde::de::Error;
@@ -20,8 +19,6 @@ use serde::{Deserialize, Deserializer};
 
 use crate::image::image_names;
 
-/// Smallest RAM of a VM in bytes.
-const MIN_RAM: u64 = 1 << 20;
 /// Bounds of the code cache in bytes.
 const CODE_CACHE: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
 
@@ -39,10 +36,11 @@ pub struct VmOptions {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
     #[serde(deserialize_with = "cpus")]
     pub cpus: Option<u8>,
-    /// Memory, such as 512M or 2G [default: 512M]
-    #[arg(long, value_name = "SIZE", value_parser = parse_memory)]
+    /// Memory, such as 512M or 2G [default: 512M]; then reserve=SIZE (stays in memory), limit=SIZE (what is in memory
+    /// at most: colder pages are compressed), hugepages=thp|none, with commas between
+    #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "memory")]
-    pub memory: Option<u64>,
+    pub memory: Option<MemoryOptions>,
     /// Image to start from (see `berth image ls`)
     #[arg(long, value_name = "NAME", add = ArgValueCandidates::new(image_names))]
     pub image: Option<Name>,
@@ -85,7 +83,7 @@ pub struct VmOptions {
     /// Sockets between host and guest. OPTIONS: path of a Unix socket, then cid=N
     #[arg(long, value_name = "OPTIONS")]
     pub vsock: Option<VsockOptions>,
-    /// Memory balloon. OPTIONS: size=SIZE, deflate-on-oom=on|off, reporting=on|off, hinting=on|off
+    /// Memory balloon; images and the default guest always have one. OPTIONS: size=SIZE, deflate-on-oom=on|off, reporting=on|off, hinting=on|off
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub balloon: Option<BalloonOptions>,
     /// Give the guest a source of random numbers
@@ -167,9 +165,9 @@ impl VmOptions {
         self.cpus.unwrap_or(1)
     }
 
-    /// Memory in bytes.
-    pub fn memory(&self) -> u64 {
-        self.memory.unwrap_or(512 << 20)
+    /// Memory, and how the host keeps it.
+    pub fn memory(&self) -> MemoryOptions {
+        self.memory.unwrap_or_default()
     }
 
     /// Disks, network and the other devices that not every VM has.
@@ -202,16 +200,12 @@ pub enum Engine {
     Kvm,
 }
 
-fn parse_memory(text: &str) -> Result<u64, size::SizeError> {
-    size::parse_pages(text, MIN_RAM..=MAX_RAM)
-}
-
 fn parse_code_cache(text: &str) -> Result<u64, size::SizeError> {
     size::parse_pages(text, CODE_CACHE)
 }
 
-fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
-    text(deserializer, parse_memory)
+fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<MemoryOptions>, D::Error> {
+    text(deserializer, str::parse)
 }
 
 fn code_cache<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {

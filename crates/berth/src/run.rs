@@ -138,7 +138,7 @@ fn run_as(
     };
     let raw = if on_terminal {
         let s = if options.cpus() == 1 { "" } else { "s" };
-        let memory = size::show(options.memory());
+        let memory = size::show(options.memory().size.0);
         let engine = &description.engine;
         log::message(&format!(
             "{name}: {} vCPU{s}, {memory}, {engine} engine; Ctrl-A h lists keys",
@@ -200,11 +200,15 @@ fn configure(
     if has_agent && devices.vsock.is_none() {
         devices.vsock = home.and_then(vm_home::default_vsock);
     }
+    if options.kernel.is_none() {
+        // Guests of ours have the driver, and give free memory back by themselves.
+        devices.balloon.get_or_insert_default();
+    }
     let config = MachineConfig {
         name: name.to_owned(),
         engine,
         vcpus: options.cpus(),
-        memory_bytes: options.memory(),
+        memory: options.memory(),
         kernel,
         initrd,
         cmdline,

@@ -163,7 +163,7 @@ mod tests {
             name: Some("web".parse().unwrap()),
             engine: Some(Engine::Soft),
             cpus: Some(4),
-            memory: Some(2 << 30),
+            memory: Some(berth_machine::options::MemoryOptions::of_size(2 << 30)),
             image: Some("debian".parse().unwrap()),
             ephemeral: Some(true),
             no_network: Some(false),

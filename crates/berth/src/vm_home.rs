@@ -99,7 +99,7 @@ pub fn description(
         version: env!("CARGO_PKG_VERSION").to_owned(),
         engine: config.engine.to_string(),
         vcpus: config.vcpus,
-        memory_bytes: config.memory_bytes,
+        memory_bytes: config.memory.size.0,
         image,
         kernel: text(&config.kernel),
         cmdline: config.cmdline.clone(),

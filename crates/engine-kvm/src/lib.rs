@@ -34,7 +34,7 @@ use std::sync::{Arc, OnceLock};
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
 use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
-use berth_memory::{GuestMemory, GuestPhysAddr};
+use berth_memory::{Faults, GuestMemory, GuestPhysAddr};
 use kvm_bindings::{CpuId, kvm_clock_data};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use tracing::warn;
@@ -209,5 +209,15 @@ impl Engine for KvmEngine {
         if let Err(error) = self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(addr.0), NoDatamatch) {
             tracing::warn!("KVM keeps the doorbell at {addr}: {error}");
         }
+    }
+
+    /// The CPU marks accesses in page tables that the kernel does not show.
+    fn begin_access_period(&self) -> bool {
+        false
+    }
+
+    /// The kernel brings pages in for the CPU.
+    fn page_faults(&self) -> Faults {
+        Faults::All
     }
 }

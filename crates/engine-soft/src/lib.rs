@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use berth_cpu::VcpuId;
 use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
-use berth_memory::{GuestMemory, GuestPhysAddr};
+use berth_memory::{Faults, GuestMemory, GuestPhysAddr};
 
 pub use code::cache::{CacheStats, MAX_CODE_CACHE, MIN_CODE_CACHE};
 pub use exec::features::{FeatureSet, host_model};
@@ -153,4 +153,15 @@ impl Engine for SoftEngine {
     }
 
     fn remove_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) {}
+
+    /// The addresses in the software TLBs go, so that the next access to each page comes by [`memory::HostMap`].
+    fn begin_access_period(&self) -> bool {
+        self.vm.begin_access_period();
+        true
+    }
+
+    /// Guest code runs in user mode.
+    fn page_faults(&self) -> Faults {
+        Faults::User
+    }
 }

@@ -147,6 +147,9 @@ impl Cpu {
                 if asked & request::SWEEP != 0 {
                     self.sweep();
                 }
+                if asked & request::FORGET != 0 {
+                    self.clear_first_level();
+                }
                 if self.shared.take_stop() {
                     return Exit::Stopped;
                 }

@@ -32,6 +32,8 @@ pub(crate) mod request {
     pub const SWEEP: u32 = 1 << 2;
     /// Let go of the execution lock for a moment: another vCPU wants to be alone.
     pub const PAUSE: u32 = 1 << 3;
+    /// Empty the first level of the TLB.
+    pub const FORGET: u32 = 1 << 4;
 }
 
 static READABLE: u8 = 0;
@@ -96,6 +98,12 @@ impl VcpuShared {
             drop(self.lock.lock());
             self.wake.notify_all();
         }
+    }
+
+    /// As [`Self::request`], but a vCPU that waits may do it when it goes on.
+    pub(crate) fn request_later(&self, bits: u32) {
+        self.requests.fetch_or(bits, Ordering::SeqCst);
+        self.poll().store(null_mut(), Ordering::SeqCst);
     }
 
     /// Takes all requests but STOP, and makes polls pass again.

@@ -89,6 +89,11 @@ impl Vm {
         self.list.read().get(index).cloned()
     }
 
+    /// Asks all vCPUs to forget where pages are, so that they note which they access.
+    pub(crate) fn begin_access_period(&self) {
+        self.list.read().iter().for_each(|vcpu| vcpu.request_later(request::FORGET));
+    }
+
     fn request_others(&self, me: VcpuId, bits: u32) {
         for (i, vcpu) in self.list.read().iter().enumerate() {
             if i != usize::from(me.0) {

@@ -18,7 +18,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use berth_cpu::{ApicState, CpuState, VcpuId};
-use berth_memory::GuestPhysAddr;
+use berth_memory::{Faults, GuestPhysAddr};
 pub use vmm_sys_util::eventfd::EventFd;
 
 /// Port and memory-mapped I/O as the vCPUs see it. Called from vCPU threads, several at once.
@@ -247,6 +247,12 @@ pub trait Engine: Send + Sync {
     /// Ends what [`Self::add_doorbell`] of the same address and event began; when this returns the stores go to the
     /// bus.
     fn remove_doorbell(&self, addr: GuestPhysAddr, event: &EventFd);
+    /// Begins a period: from now on each vCPU's first access to a page of RAM is marked
+    /// ([`berth_memory::GuestMemory::mark_accessed`]), although an access before was marked too. Cheap enough for every
+    /// second; a vCPU that waits is not woken. False: this engine marks nothing.
+    fn begin_access_period(&self) -> bool;
+    /// Which page faults on guest memory a cold store under this engine must handle.
+    fn page_faults(&self) -> Faults;
 }
 
 /// One virtual CPU, driven by the thread that owns it.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use berth_cpu::MAX_VCPUS;
 
-use crate::options::DeviceOptions;
+use crate::options::{DeviceOptions, MemoryOptions};
 
 /// Which engine executes the guest's instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,8 +35,8 @@ pub struct MachineConfig {
     pub engine: EngineKind,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
-    /// Size of RAM in bytes: a multiple of 4096 from 1 MiB to [`berth_memory::layout::MAX_RAM`].
-    pub memory_bytes: u64,
+    /// Size of RAM, a multiple of 4096 from 1 MiB to [`berth_memory::layout::MAX_RAM`], and how the host keeps it.
+    pub memory: MemoryOptions,
     /// The kernel: see [`berth_boot`] for the formats.
     pub kernel: PathBuf,
     /// The initrd, if any.

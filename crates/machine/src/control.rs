@@ -7,11 +7,12 @@ use std::time::Duration;
 use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
 use berth_devices::virtio::block::{BlockCounters, BlockError};
 use berth_devices::virtio::net::NetCounters;
-use berth_memory::GuestMemory;
+use berth_memory::{Evicted, GuestMemory};
 
 use crate::board::Board;
 use crate::event::{Done, Event};
 use crate::notice::Notices;
+use crate::reclaim::{ReclaimError, Reclaimer};
 use crate::status::{MachineState, Status};
 use crate::virtio::DiskResizeError;
 
@@ -22,6 +23,7 @@ pub struct MachineControl {
     board: Arc<Board>,
     memory: GuestMemory,
     status: Arc<Status>,
+    reclaimer: Arc<Reclaimer>,
 }
 
 impl MachineControl {
@@ -30,8 +32,9 @@ impl MachineControl {
         board: Arc<Board>,
         memory: GuestMemory,
         status: Arc<Status>,
+        reclaimer: Arc<Reclaimer>,
     ) -> Self {
-        Self { events, board, memory, status }
+        Self { events, board, memory, status, reclaimer }
     }
 
     /// The guest's memory: what is in it, and in which state each page is.
@@ -52,6 +55,15 @@ impl MachineControl {
     /// The threads of the vCPUs on the host, by vCPU; `None` for one that has not come to say so.
     pub fn vcpu_threads(&self) -> Vec<Option<u32>> {
         self.status.threads()
+    }
+
+    /// Takes up to `bytes` of guest memory that was not used for `idle` to the cold store, the coldest first; waits that
+    /// long. With an idle time of 0 it does not matter how cold pages are. They come back when they are touched.
+    ///
+    /// # Errors
+    /// [`ReclaimError`] when the host or the engine lacks what it needs; then nothing was taken.
+    pub fn reclaim(&self, bytes: u64, idle: Duration) -> Result<Evicted, ReclaimError> {
+        self.reclaimer.reclaim(bytes, idle)
     }
 
     /// Gives input to the serial console; returns how many bytes it took. It takes less than all when the guest

@@ -191,7 +191,7 @@ fn run_on_all(image: &Image, vcpus: u8, code: u8) {
             name: "engines".to_owned(),
             engine: EngineKind::Soft,
             vcpus,
-            memory_bytes: 8 << 20,
+            memory: crate::options::MemoryOptions::of_size(8 << 20),
             kernel: image.0.clone(),
             initrd: None,
             cmdline: String::new(),

@@ -21,6 +21,7 @@ mod event;
 mod machine;
 mod notice;
 pub mod options;
+mod reclaim;
 mod status;
 mod supervisor;
 #[cfg(test)]

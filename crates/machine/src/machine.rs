@@ -20,6 +20,8 @@ use crate::board::{Board, BoardError};
 use crate::config::{BadVcpuCount, EngineKind, MachineConfig};
 use crate::control::MachineControl;
 use crate::event::Event;
+use crate::options::HugePages;
+use crate::reclaim::{LimitThread, Reclaimer};
 use crate::status::Status;
 use crate::supervisor::{Parts, Supervisor};
 use crate::vcpu_thread::{VcpuContext, VcpuThread};
@@ -58,6 +60,7 @@ pub struct Machine {
     name: String,
     control: MachineControl,
     life: Life,
+    _limit: Option<LimitThread>,
 }
 
 /// How far the calls have come: [`Machine::start`] and [`Machine::wait`] in this order.
@@ -102,7 +105,10 @@ impl Machine {
         make: impl FnOnce(GuestMemory, &MachineConfig) -> Result<Box<dyn Engine>, MachineError>,
     ) -> Result<Self, MachineError> {
         config.check()?;
-        let memory = GuestMemory::new(config.memory_bytes)?;
+        let memory = GuestMemory::new(config.memory.size.0)?;
+        if let Some(huge) = config.memory.hugepages {
+            memory.use_huge_pages(huge == HugePages::Thp)?;
+        }
         let source = BootSource {
             kernel: config.kernel.clone(),
             initrd: config.initrd.clone(),
@@ -137,6 +143,14 @@ impl Machine {
                 .map_err(|source| MachineError::Thread { what: format!("vCPU {id}"), source })?;
             vcpus.push(thread);
         }
+        let reclaimer = Arc::new(Reclaimer::new(&config, memory.clone(), engine.clone()));
+        let limit = match config.memory.limit {
+            None => None,
+            Some(limit) => Some(
+                LimitThread::start(&config.name, reclaimer.clone(), limit.0)
+                    .map_err(|source| MachineError::Thread { what: "memory".to_owned(), source })?,
+            ),
+        };
         let supervisor = Supervisor::new(Parts {
             vcpus,
             events,
@@ -149,8 +163,8 @@ impl Machine {
             entry: booted.state,
             status: status.clone(),
         });
-        let control = MachineControl::new(sender, board, memory, status);
-        Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
+        let control = MachineControl::new(sender, board, memory, status, reclaimer);
+        Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)), _limit: limit })
     }
 
     /// Starts the vCPUs.

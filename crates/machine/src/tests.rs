@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use crate::options::MemoryOptions;
 use berth_cpu::{CpuState, MpState, VcpuId};
 use berth_engine::{
     Bus, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, StoodStill, Vcpu, VcpuHandle,
@@ -131,6 +132,12 @@ impl Engine for ScriptEngine {
         false
     }
     fn remove_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) {}
+    fn begin_access_period(&self) -> bool {
+        false
+    }
+    fn page_faults(&self) -> berth_memory::Faults {
+        berth_memory::Faults::User
+    }
 }
 
 /// A multiboot kernel in a file of its own, loaded at [`LOAD_AT`]; the file goes when this does.
@@ -161,7 +168,7 @@ fn config(kernel: &Kernel, vcpus: u8) -> MachineConfig {
         name: "test".to_owned(),
         engine: EngineKind::Soft,
         vcpus,
-        memory_bytes: 8 << 20,
+        memory: MemoryOptions::of_size(8 << 20),
         kernel: kernel.0.clone(),
         initrd: None,
         cmdline: String::new(),
@@ -415,6 +422,9 @@ fn impossible_machines_are_refused() {
     let good = config(&kernel, 1);
     assert!(refused(MachineConfig { vcpus: 0, ..good.clone() }).contains("0 vCPUs"));
     assert!(refused(MachineConfig { vcpus: 65, ..good.clone() }).contains("65 vCPUs"));
-    assert!(refused(MachineConfig { memory_bytes: 1024, ..good.clone() }).contains("memory size 1024"));
+    assert!(
+        refused(MachineConfig { memory: MemoryOptions::of_size(1024), ..good.clone() })
+            .contains("memory size 1024")
+    );
     assert!(refused(MachineConfig { kernel: "/nonexistent".into(), ..good }).contains("/nonexistent"));
 }

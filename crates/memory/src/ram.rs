@@ -44,6 +44,11 @@ pub enum MemoryError {
         #[source]
         source: std::io::Error,
     },
+    /// The host has no huge pages.
+    #[error(
+        "the host has no transparent huge pages for guest memory (see /sys/kernel/mm/transparent_hugepage): {0}"
+    )]
+    HugePages(#[source] std::io::Error),
     /// The access is not inside RAM.
     #[error("no RAM at guest physical {start} for {len} bytes")]
     OutOfRange {
@@ -143,6 +148,22 @@ impl GuestMemory {
     /// The pieces of RAM, in ascending order of guest physical address.
     pub fn regions(&self) -> &[RamRegion] {
         &self.regions
+    }
+
+    /// Tells the host to use transparent huge pages wherever they fit, or never.
+    ///
+    /// # Errors
+    /// [`MemoryError::HugePages`] when the host has none.
+    pub fn use_huge_pages(&self, huge: bool) -> Result<(), MemoryError> {
+        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        for region in self.regions.iter() {
+            let start = region.host.0 as *mut libc::c_void;
+            // SAFETY: the range is a mapping of ours; the advice changes no content.
+            if unsafe { libc::madvise(start, region.len as usize, advice) } != 0 && huge {
+                return Err(MemoryError::HugePages(std::io::Error::last_os_error()));
+            }
+        }
+        Ok(())
     }
 
     /// The same memory as rust-vmm's crates want it.

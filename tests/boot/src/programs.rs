@@ -26,7 +26,7 @@ pub const PROGRAMS: [&str; 10] =
     ["vector", "x87", "strings", "signals", "threads", "mappings", "code", "processes", "timers", "ia32"];
 
 /// Names of programs that tests of devices run with arguments.
-const DEVICE_PROGRAMS: [&str; 2] = ["writer", "vsock"];
+const DEVICE_PROGRAMS: [&str; 3] = ["writer", "vsock", "pages"];
 
 /// Scripts for the guest's shell.
 const SCRIPTS: [(&str, &str); 5] = [

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use berth_engine::Engine;
-use berth_memory::{GuestMemory, GuestPhysAddr, MemoryError};
+use berth_memory::{GuestMemory, GuestPhysAddr, Hold, MemoryError};
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::Buffer;
@@ -34,6 +34,12 @@ impl Dma {
     /// The memory itself. Whoever writes to it by other means than [`Self::write`] calls [`Self::written`].
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Keeps buffers in memory while a system call works on [`Self::iovecs`] or [`Self::slices`] of them: the cold store
+    /// takes none of them, and what it has comes back first.
+    pub fn hold(&self, buffers: &[Buffer]) -> Hold {
+        self.memory.hold(buffers.iter().map(|b| (b.start, b.len.into())))
     }
 
     /// Fills `data` from `start`.

@@ -4,6 +4,7 @@
 //! [`DeviceOptions::check`] on what came from a file: what a single key cannot show is found there.
 
 mod disk;
+mod memory;
 mod net;
 pub mod size;
 mod text;
@@ -14,6 +15,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub use disk::DiskOptions;
+pub use memory::{HugePages, MemoryOptions};
 pub use net::{Forward, MacAddress, NetBackend, NetOptions, Protocol};
 pub use size::ByteSize;
 pub use text::OptionError;

@@ -3,6 +3,8 @@
 use virtio_bindings::bindings::virtio_blk as ids;
 
 use super::{MAX_RANGE_SECTORS, MAX_RANGE_SEGMENTS};
+use berth_memory::Hold;
+
 use crate::virtio::{Buffers, Chain, Dma};
 use berth_disk::SECTOR_SIZE;
 
@@ -63,6 +65,8 @@ pub struct Request {
     data_len: u32,
     /// What to do.
     pub action: Action,
+    /// Its buffers stay in memory until it is answered.
+    _hold: Hold,
 }
 
 impl Request {
@@ -77,7 +81,11 @@ impl Request {
         let head = chain.head;
         let action = parse(chain, dma, size, read_only).unwrap_or_else(Action::Refuse);
         let writes = matches!(action, Action::Read(..) | Action::Identify(_));
-        Some(Self { head, status, data_len: if writes { data_len } else { 0 }, action })
+        let hold = match &action {
+            Action::Read(buffers, _) | Action::Write(buffers, _) => dma.hold(buffers.as_slice()),
+            _ => dma.hold(&[]),
+        };
+        Some(Self { head, status, data_len: if writes { data_len } else { 0 }, action, _hold: hold })
     }
 
     /// Writes the status; returns how many bytes of the chain were written.

@@ -236,6 +236,7 @@ impl Port for StreamPort {
         }
         let length = (len as u32).to_be_bytes();
         let mut iovecs = vec![libc::iovec { iov_base: length.as_ptr().cast_mut().cast(), iov_len: LENGTH }];
+        let _hold = dma.hold(packet.as_slice());
         iovecs.extend(dma.iovecs(packet.as_slice()));
         // SAFETY: the iovecs are `length` and guest memory, which `dma` keeps mapped; the host only reads them.
         let n = unsafe {

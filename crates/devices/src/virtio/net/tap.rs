@@ -235,6 +235,7 @@ impl Port for TapPort {
     }
 
     fn send(&mut self, dma: &Dma, packet: &mut Buffers) -> io::Result<bool> {
+        let _hold = dma.hold(packet.as_slice());
         let iovecs = dma.iovecs(packet.as_slice());
         // SAFETY: the iovecs are guest memory, which `dma` keeps mapped; the host only reads it.
         let n = unsafe {
@@ -252,6 +253,7 @@ impl Port for TapPort {
     }
 
     fn receive(&mut self, dma: &Dma, room: &Buffers) -> io::Result<Option<Received>> {
+        let _hold = dma.hold(room.as_slice());
         let iovecs = dma.iovecs(room.as_slice());
         loop {
             // SAFETY: the iovecs are guest memory, which `dma` keeps mapped and nobody has references to.
