@@ -14,6 +14,7 @@ mod host_report;
 mod image;
 mod log;
 mod options;
+mod residence;
 mod run;
 mod shutdown;
 mod terminal;

@@ -158,6 +158,7 @@ fn run_as(
         forward_input_on_thread(control, on_terminal).map_err(RunError::host("a thread for the console"))?;
     }
 
+    crate::residence::release_code();
     let outcome = machine.wait();
     drop(raw);
     if on_terminal && outcome != Outcome::PoweredOff {

@@ -54,6 +54,9 @@ const NEEDED: [(Cap, &str); 9] = [
     (Cap::Xcrs, "KVM_CAP_XCRS"),
 ];
 
+/// Of these one must be there.
+pub(crate) const NO_CHIPS: &str = "KVM_CAP_IRQCHIP and no KVM_CAP_SPLIT_IRQCHIP";
+
 /// The device, opened, of the right version.
 #[derive(Debug)]
 pub struct Device(Kvm);
@@ -106,8 +109,10 @@ impl Device {
     /// # Errors
     /// [`Refusal::Lacks`] names the first extension that is missing.
     pub fn check(&self) -> Result<(), Refusal> {
-        match NEEDED.iter().find(|(cap, _)| !self.0.check_extension(*cap)) {
+        let has = |cap| self.0.check_extension(cap);
+        match NEEDED.iter().find(|(cap, _)| !has(*cap)) {
             Some((_, name)) => Err(Refusal::Lacks(name)),
+            None if !has(Cap::Irqchip) && !has(Cap::SplitIrqchip) => Err(Refusal::Lacks(NO_CHIPS)),
             None => Ok(()),
         }
     }

@@ -5,6 +5,7 @@
 //!       │           ├── interrupts: PIC, IOAPIC, PIT of the kernel ◄── devices   or
 //!       │           ├── split: local APICs of the kernel ◄── PIC, IOAPIC of devices
 //!       │           └── routes: pins, and messages by eventfd
+//!       ├── dirty, ring: which pages were written
 //!       └── vcpu: KVM_RUN ──exit──► Bus
 //!             ├── handle: stopping it from other threads
 //!             ├── cpuid: what KVM supports, cut down by the CPU model
@@ -18,10 +19,12 @@
 
 mod cpuid;
 pub mod device;
+mod dirty;
 mod failure;
 mod handle;
 mod interrupts;
 mod memory;
+mod ring;
 mod routes;
 mod split;
 mod state;
@@ -33,13 +36,16 @@ use std::sync::{Arc, OnceLock};
 
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
-use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
+use berth_engine::{
+    DirtyPages, Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu,
+};
 use berth_memory::{Faults, GuestMemory, GuestPhysAddr};
 use kvm_bindings::{CpuId, kvm_clock_data};
 use kvm_ioctls::{Cap, IoEventAddress, NoDatamatch, VmFd};
 use tracing::warn;
 
-use crate::device::{Device, Refusal};
+use crate::device::{Device, NO_CHIPS, Refusal};
+use crate::dirty::DirtyLog;
 use crate::interrupts::KernelChips;
 use crate::split::SplitChips;
 use crate::vcpu::{KvmVcpu, VcpuParts};
@@ -58,16 +64,18 @@ pub struct KvmOptions {
     pub vcpus: u8,
     /// Take only the local APICs from the kernel, as where it has no other interrupt controllers.
     pub split: bool,
+    /// Log written pages by rings, where the kernel has them, instead of bitmaps.
+    pub dirty_rings: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> Self {
-        Self { vcpus: 1, split: false }
+        Self { vcpus: 1, split: false, dirty_rings: false }
     }
 }
 
 impl KvmOptions {
-    const KNOWN: &str = "split";
+    const KNOWN: &str = "split and rings";
 
     /// Adds what the environment variable `BERTH_KVM` says, a comma-separated list; for finding errors.
     #[must_use]
@@ -76,6 +84,7 @@ impl KvmOptions {
         for word in value.split(',').filter(|word| !word.is_empty()) {
             match word {
                 "split" => self.split = true,
+                "rings" => self.dirty_rings = true,
                 other => tracing::warn!("BERTH_KVM: unknown word {other:?}; known are {}", Self::KNOWN),
             }
         }
@@ -95,7 +104,7 @@ impl Chips {
         Ok(match (has(Cap::Irqchip), has(Cap::SplitIrqchip)) {
             (true, _) if !split => Self::All(Arc::new(KernelChips::create(vm.clone())?)),
             (_, true) => Self::Split(Arc::new(SplitChips::create(vm.clone())?)),
-            _ => return Err(unavailable(Refusal::Lacks("KVM_CAP_SPLIT_IRQCHIP"))),
+            _ => return Err(unavailable(Refusal::Lacks(NO_CHIPS))),
         })
     }
 }
@@ -110,6 +119,9 @@ pub struct KvmEngine {
     model: OnceLock<CpuidModel>,
     run_size: usize,
     memory: GuestMemory,
+    dirty: Arc<DirtyLog>,
+    /// KVM_RUN gives back the registers that are asked for.
+    sync_regs: bool,
 }
 
 /// An error of an ioctl as the host's refusal of `what`.
@@ -140,10 +152,22 @@ impl KvmEngine {
         vm.set_tss_address(TSS_ADDRESS).map_err(refused("an address for real mode"))?;
         memory::map(&vm, &memory)?;
         let chips = Chips::create(&vm, options.split)?;
+        let dirty = Arc::new(DirtyLog::new(vm.clone(), memory.clone(), options.dirty_rings));
+        let sync_regs = state::has_sync_regs(device.kvm());
         let supported =
             cpuid::supported(device.kvm()).map_err(refused("the CPU features that it supports"))?;
         let run_size = device.kvm().get_vcpu_mmap_size().map_err(refused("the size of its vCPUs"))?;
-        Ok(Self { vm, chips, supported, vcpus: options.vcpus, model: OnceLock::new(), run_size, memory })
+        Ok(Self {
+            vm,
+            chips,
+            supported,
+            vcpus: options.vcpus,
+            model: OnceLock::new(),
+            run_size,
+            memory,
+            dirty,
+            sync_regs,
+        })
     }
 }
 
@@ -174,15 +198,18 @@ impl Engine for KvmEngine {
         let entries = cpuid::entries(model, id)
             .map_err(|e| refused("the CPU model")(io::Error::other(format!("{e:?}"))))?;
         fd.set_cpuid2(&entries).map_err(refused("the CPU model"))?;
-        let split = match &self.chips {
-            Chips::All(_) => None,
-            Chips::Split(chips) => Some(chips.clone()),
+        self.dirty.add_vcpu(&fd)?;
+        let parts = VcpuParts {
+            run_size: self.run_size,
+            split: match &self.chips {
+                Chips::All(_) => None,
+                Chips::Split(chips) => Some(chips.clone()),
+            },
+            memory: self.memory.clone(),
+            dirty: self.dirty.clone(),
+            sync_regs: self.sync_regs,
         };
-        Ok(Box::new(KvmVcpu::new(
-            id,
-            fd,
-            VcpuParts { run_size: self.run_size, split, memory: self.memory.clone() },
-        )))
+        Ok(Box::new(KvmVcpu::new(id, fd, parts)))
     }
 
     /// KVM_SET_CLOCK (api.rst 4.30). The guest's clocks follow when their vCPUs enter it again.
@@ -198,7 +225,9 @@ impl Engine for KvmEngine {
     }
 
     /// The CPU sees what is written.
-    fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
+    fn memory_written(&self, start: GuestPhysAddr, len: u64) {
+        self.dirty.map().mark_range(start, len);
+    }
 
     /// KVM_IOEVENTFD (api.rst 4.59) for stores of any length.
     fn add_doorbell(&self, addr: GuestPhysAddr, event: &EventFd) -> bool {
@@ -219,5 +248,28 @@ impl Engine for KvmEngine {
     /// The kernel brings pages in for the CPU.
     fn page_faults(&self) -> Faults {
         Faults::All
+    }
+
+    fn start_dirty_log(&self) -> Result<(), EngineError> {
+        self.dirty.start()
+    }
+
+    fn take_dirty(&self, region: usize) -> Result<DirtyPages, EngineError> {
+        self.dirty.take(region)
+    }
+
+    fn stop_dirty_log(&self) -> Result<(), EngineError> {
+        self.dirty.stop()
+    }
+
+    /// KVM_GET_CLOCK (api.rst 4.29).
+    fn clock(&self) -> Result<u64, EngineError> {
+        self.vm.get_clock().map(|data| data.clock).map_err(refused("the paravirtual clock"))
+    }
+
+    /// KVM_SET_CLOCK (api.rst 4.30).
+    fn set_clock(&self, nanos: u64) -> Result<(), EngineError> {
+        let data = kvm_clock_data { clock: nanos, ..kvm_clock_data::default() };
+        self.vm.set_clock(&data).map_err(refused("the paravirtual clock"))
     }
 }

@@ -9,7 +9,12 @@ use crate::refused;
 
 /// Gives each region of RAM a slot: its index in [`GuestMemory::regions`].
 pub fn map(vm: &VmFd, memory: &GuestMemory) -> Result<(), EngineError> {
-    (0..).zip(memory.regions()).try_for_each(|(slot, region)| set_slot(vm, slot, region, 0))
+    map_with(vm, memory, 0)
+}
+
+/// The same with these flags, which KVM may be given anew at any time.
+pub fn map_with(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<(), EngineError> {
+    (0..).zip(memory.regions()).try_for_each(|(slot, region)| set_slot(vm, slot, region, flags))
 }
 
 fn set_slot(vm: &VmFd, slot: u32, region: &RamRegion, flags: u32) -> Result<(), EngineError> {

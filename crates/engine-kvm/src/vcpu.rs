@@ -8,10 +8,11 @@ use std::sync::Arc;
 use berth_cpu::{CpuState, VcpuId};
 use berth_engine::{Bus, EngineError, Exit, PinController, StoodStill, Vcpu, VcpuHandle};
 use berth_memory::{GuestMemory, GuestPhysAddr};
-use kvm_bindings::{KVM_EXIT_IO_IN, kvm_run};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO_IN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tracing::{error, trace, warn};
 
+use crate::dirty::DirtyLog;
 use crate::failure;
 use crate::handle::KvmHandle;
 use crate::split::{ExternalInterrupt, SplitChips};
@@ -28,6 +29,8 @@ pub struct KvmVcpu {
     /// Where PIC and IOAPIC are devices.
     split: Option<Arc<SplitChips>>,
     external: ExternalInterrupt,
+    dirty: Arc<DirtyLog>,
+    sync_regs: bool,
     /// The kernel reaches it by its address in this process as long as there are vCPUs.
     _memory: GuestMemory,
 }
@@ -38,6 +41,8 @@ pub(crate) struct VcpuParts {
     pub run_size: usize,
     pub split: Option<Arc<SplitChips>>,
     pub memory: GuestMemory,
+    pub dirty: Arc<DirtyLog>,
+    pub sync_regs: bool,
 }
 
 /// What KVM_RUN came back with, where it is not done with at once.
@@ -50,7 +55,7 @@ enum Returned {
 
 impl KvmVcpu {
     pub(crate) fn new(id: VcpuId, fd: VcpuFd, parts: VcpuParts) -> Self {
-        let VcpuParts { run_size, split, memory } = parts;
+        let VcpuParts { run_size, split, memory, dirty, sync_regs } = parts;
         Self {
             id,
             fd,
@@ -59,6 +64,8 @@ impl KvmVcpu {
             known_msrs: None,
             split,
             external: ExternalInterrupt::default(),
+            dirty,
+            sync_regs,
             _memory: memory,
         }
     }
@@ -68,7 +75,7 @@ impl KvmVcpu {
             Some(known) => known,
             None => KnownMsrs::probe(&self.fd)?,
         };
-        let state = state::read(&self.fd, &known);
+        let state = state::read(&mut self.fd, &known, self.sync_regs);
         self.known_msrs = Some(known);
         state
     }
@@ -99,6 +106,10 @@ impl KvmVcpu {
             Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Returned::Nothing,
             Ok(VcpuExit::IoapicEoi(vector)) => {
                 pins.into_iter().for_each(|pins| pins.end_of_interrupt(vector));
+                Returned::Nothing
+            }
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                self.dirty.harvest();
                 Returned::Nothing
             }
             Ok(VcpuExit::Shutdown) => {

@@ -109,6 +109,8 @@ pub struct Cpu {
     pub(crate) injected: Option<Event>,
     /// Eviction count that the jump cache belongs to.
     pub(crate) epoch: u64,
+    /// [`Vm::dirty_epoch`] that its entries for stores belong to.
+    pub(crate) dirty_epoch: u64,
     /// How busy it was of late.
     pub(crate) idle_watch: crate::idle::IdleWatch,
     /// What happened so far.
@@ -149,6 +151,7 @@ impl Cpu {
             nmi_pending: false,
             injected: None,
             epoch: 0,
+            dirty_epoch: 0,
             idle_watch: crate::idle::IdleWatch::default(),
             counters: Counters::default(),
             asm: Asm::default(),

@@ -33,7 +33,9 @@ mod vm;
 use std::sync::Arc;
 
 use berth_cpu::VcpuId;
-use berth_engine::{Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu};
+use berth_engine::{
+    DirtyPages, Engine, EngineError, EventFd, InterruptControllers, LocalApic, StoodStill, Vcpu,
+};
 use berth_memory::{Faults, GuestMemory, GuestPhysAddr};
 
 pub use code::cache::{CacheStats, MAX_CODE_CACHE, MIN_CODE_CACHE};
@@ -163,5 +165,28 @@ impl Engine for SoftEngine {
     /// Guest code runs in user mode.
     fn page_faults(&self) -> Faults {
         Faults::User
+    }
+
+    fn start_dirty_log(&self) -> Result<(), EngineError> {
+        self.vm.with_everyone_out(|| self.vm.dirty.switch(true));
+        Ok(())
+    }
+
+    fn take_dirty(&self, region: usize) -> Result<DirtyPages, EngineError> {
+        Ok(self.vm.with_everyone_out(|| self.vm.dirty.take(region)))
+    }
+
+    fn stop_dirty_log(&self) -> Result<(), EngineError> {
+        self.vm.dirty.switch(false);
+        Ok(())
+    }
+
+    fn clock(&self) -> Result<u64, EngineError> {
+        Ok(self.vm.pv.clock())
+    }
+
+    fn set_clock(&self, nanos: u64) -> Result<(), EngineError> {
+        self.vm.pv.set_clock(nanos);
+        Ok(())
     }
 }

@@ -160,6 +160,7 @@ impl Cpu {
                 execution = Some(vm.execution.read());
             }
             self.notice_eviction();
+            self.notice_dirty_log();
             if self.interrupt_check {
                 self.look_for_events();
             }
@@ -189,6 +190,7 @@ impl Cpu {
     fn step_alone(&mut self) {
         self.wants_to_be_alone = false;
         self.notice_eviction();
+        self.notice_dirty_log();
         self.is_alone = true;
         if self.step().is_err() {
             self.vm.drop_translations();
@@ -206,6 +208,15 @@ impl Cpu {
             for entry in &mut self.s.jump_cache {
                 entry.key = 0;
             }
+        }
+    }
+
+    /// After the log of written pages was taken every page must be marked again before it is stored to.
+    fn notice_dirty_log(&mut self) {
+        let epoch = self.vm.dirty_epoch();
+        if self.dirty_epoch != epoch {
+            self.dirty_epoch = epoch;
+            self.drop_all_write_entries();
         }
     }
 

@@ -1,11 +1,11 @@
 //! What all vCPUs of a VM share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
-use berth_engine::EngineError;
+use berth_engine::{DirtyMap, EngineError};
 use berth_memory::layout::HIGH_RAM_START;
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::{RwLock, RwLockWriteGuard};
@@ -37,6 +37,10 @@ pub struct Vm {
     pub pv: PvShared,
     /// Which pages hold translated code.
     pub code_pages: CodePages,
+    /// Which pages were written, while that is asked for.
+    pub(crate) dirty: DirtyMap,
+    /// Changes whenever vCPUs must forget which pages they may store to without being noticed.
+    dirty_epoch: AtomicU64,
     pub(crate) cache: CodeCache,
     /// Slots for the memory accesses that are translated next.
     pub(crate) slot_numbers: SlotNumbers,
@@ -69,6 +73,8 @@ impl Vm {
             cpuid,
             pv: PvShared::new(options.tsc_hz),
             code_pages: CodePages::new(&memory),
+            dirty: DirtyMap::new(&memory),
+            dirty_epoch: AtomicU64::new(0),
             cache: CodeCache::new(options.code_cache_bytes)
                 .map_err(|source| EngineError::Host { what: "memory for the code cache", source })?,
             slot_numbers: SlotNumbers::default(),
@@ -114,6 +120,33 @@ impl Vm {
         self.execution.write()
     }
 
+    /// Does `change` to the log of written pages while no vCPU is inside translated code; none of them stores to a page
+    /// afterwards that it does not mark before.
+    pub(crate) fn with_everyone_out<R>(&self, change: impl FnOnce() -> R) -> R {
+        for vcpu in self.list.read().iter() {
+            vcpu.request(request::PAUSE);
+        }
+        let alone = self.execution.write();
+        self.dirty_epoch.fetch_add(1, Ordering::SeqCst);
+        let result = change();
+        drop(alone);
+        result
+    }
+
+    /// See [`Self::with_everyone_out`]: looked at by each vCPU before it enters translated code.
+    pub(crate) fn dirty_epoch(&self) -> u64 {
+        self.dirty_epoch.load(Ordering::SeqCst)
+    }
+
+    /// Notes that the engine wrote to guest memory at `host`.
+    pub(crate) fn mark_host(&self, host: u64) {
+        if self.dirty.is_on()
+            && let Some(addr) = self.host_map.guest(host)
+        {
+            self.dirty.mark(addr);
+        }
+    }
+
     /// Asks the other vCPUs to stop storing directly to the page at `addr`.
     pub(crate) fn sweep_others(&self, me: VcpuId, addr: GuestPhysAddr) {
         for (i, vcpu) in self.list.read().iter().enumerate() {
@@ -143,6 +176,7 @@ impl Vm {
 
     /// Drops translations made from `len` bytes at `start`, which were just written.
     pub(crate) fn memory_written(&self, start: GuestPhysAddr, len: u64) -> bool {
+        self.dirty.mark_range(start, len);
         let mut dropped = false;
         let mut at = start;
         let end = start.0.saturating_add(len);

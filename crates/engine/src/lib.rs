@@ -14,11 +14,14 @@
 //!
 //! No type of one particular engine appears here, and no device, boot or machine code asks which engine runs.
 
+mod dirty;
+
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use berth_cpu::{ApicState, CpuState, VcpuId};
 use berth_memory::{Faults, GuestPhysAddr};
+pub use dirty::{DirtyMap, DirtyPages};
 pub use vmm_sys_util::eventfd::EventFd;
 
 /// Port and memory-mapped I/O as the vCPUs see it. Called from vCPU threads, several at once.
@@ -253,6 +256,37 @@ pub trait Engine: Send + Sync {
     fn begin_access_period(&self) -> bool;
     /// Which page faults on guest memory a cold store under this engine must handle.
     fn page_faults(&self) -> Faults;
+
+    /// Begins to log which pages of guest memory are written, with an empty log: by vCPUs, by the engine itself, and by
+    /// those who call [`Self::memory_written`]. The three methods of the log are called by one thread at a time, and
+    /// never from a [`Bus`].
+    ///
+    /// # Errors
+    /// [`EngineError::Host`].
+    fn start_dirty_log(&self) -> Result<(), EngineError>;
+    /// The pages of region `region` of RAM (its index in [`berth_memory::GuestMemory::regions`]) that were written since
+    /// the last call, or since the start, and forgets them. Whoever copies these pages afterwards and comes again has
+    /// them all: what is written while this runs is in this log or in the next. It is complete when no vCPU runs.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`]; the log is lost then, and must be started anew.
+    fn take_dirty(&self, region: usize) -> Result<DirtyPages, EngineError>;
+    /// Ends the log.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`].
+    fn stop_dirty_log(&self) -> Result<(), EngineError>;
+
+    /// The time of the paravirtual clock (kvmclock) in nanoseconds. It begins at 0 when the engine is made.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`].
+    fn clock(&self) -> Result<u64, EngineError>;
+    /// Lets the paravirtual clock go on from `nanos`. No vCPU may be running; each is given its state afterwards.
+    ///
+    /// # Errors
+    /// [`EngineError::Host`].
+    fn set_clock(&self, nanos: u64) -> Result<(), EngineError>;
 }
 
 /// One virtual CPU, driven by the thread that owns it.

@@ -210,7 +210,9 @@ fn run_on_all(image: &Image, vcpus: u8, code: u8) {
                     vcpus,
                 },
             )?)),
-            Runner::Kvm { split } => Ok(Box::new(KvmEngine::new(memory, KvmOptions { vcpus, split })?)),
+            Runner::Kvm { split } => {
+                Ok(Box::new(KvmEngine::new(memory, KvmOptions { vcpus, split, ..KvmOptions::default() })?))
+            }
         })
         .unwrap();
         machine.start().unwrap();

@@ -10,7 +10,8 @@ use std::time::Duration;
 use crate::options::MemoryOptions;
 use berth_cpu::{CpuState, MpState, VcpuId};
 use berth_engine::{
-    Bus, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, StoodStill, Vcpu, VcpuHandle,
+    Bus, DirtyPages, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, StoodStill, Vcpu,
+    VcpuHandle,
 };
 use berth_memory::layout::ports;
 use berth_memory::{GuestMemory, GuestPhysAddr};
@@ -137,6 +138,21 @@ impl Engine for ScriptEngine {
     }
     fn page_faults(&self) -> berth_memory::Faults {
         berth_memory::Faults::User
+    }
+    fn start_dirty_log(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn take_dirty(&self, _region: usize) -> Result<DirtyPages, EngineError> {
+        Ok(DirtyPages::default())
+    }
+    fn stop_dirty_log(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn clock(&self) -> Result<u64, EngineError> {
+        Ok(0)
+    }
+    fn set_clock(&self, _nanos: u64) -> Result<(), EngineError> {
+        Ok(())
     }
 }
 

@@ -1,10 +1,12 @@
-//! How long a VM takes to its first instruction: a multiboot kernel that writes to the debug-exit port at once,
-//! under Berth's engines and under QEMU's microvm, in turn.
+//! How long a VM takes to its first instruction: a multiboot kernel that writes a character to the serial port at once,
+//! and then to the debug-exit port, under Berth's engines and under QEMU's microvm, in turn.
 //!
-//! The time is that of the whole process, from before it is started until it was waited for, so the first
-//! instruction comes earlier than it says. The memory is that of a process whose guest halts instead.
+//! Times begin before the process is started. The first instruction is done a little before the character comes out at
+//! the process's standard output, which is the first time; the second is when the process was waited for. The memory is
+//! that of a process whose guest halts instead.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -46,6 +48,7 @@ struct Side {
     name: &'static str,
     /// The command without its kernel, and the option that takes that.
     command: Vec<String>,
+    firsts: Vec<f64>,
     walls: Vec<f64>,
 }
 
@@ -59,32 +62,32 @@ pub fn run(arguments: &StartArguments) -> Result<(), String> {
         None => super::guest::build_berth()?.0,
     };
     let directory = tempfile::tempdir().map_err(|e| format!("no temporary directory: {e}"))?;
-    let exit = kernel(directory.path(), "exit", &[0xb0, VALUE, 0xe6, PORT, 0xf4, 0xeb, 0xfd])?;
+    // MOV DX, 0x3f8; MOV AL, '.'; OUT DX, AL; MOV AL, VALUE; OUT PORT, AL; HLT; and again.
+    let code = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xb0, VALUE, 0xe6, PORT, 0xf4, 0xeb, 0xfd];
+    let exit = kernel(directory.path(), "exit", &code)?;
     let halt = kernel(directory.path(), "halt", &[0xf4, 0xeb, 0xfd])?;
 
     let mut sides = sides(&berth, arguments)?;
     for _ in 0..arguments.rounds {
         for side in &mut sides {
-            let wall = start(&side.command, &exit).map_err(|e| format!("{}: {e}", side.name))?;
+            let (first, wall) = start(&side.command, &exit).map_err(|e| format!("{}: {e}", side.name))?;
+            side.firsts.push(first * 1000.0);
             side.walls.push(wall * 1000.0);
         }
     }
     println!("- rounds: {}, in turn; load after: {}", arguments.rounds, super::load());
     println!(
-        "\n| VM of 1 vCPU and {MEMORY} | start to end of the process | resident while the guest halts |"
+        "\n| VM of 1 vCPU and {MEMORY} | first instruction | end of the process | resident while the guest halts |"
     );
-    println!("|---|---|---|");
+    println!("|---|---|---|---|");
     for side in &sides {
         let resident = resident(&side.command, &halt).map_err(|e| format!("{}: {e}", side.name))?;
-        let spread = Spread::of(&side.walls).ok_or("no round was made")?;
-        println!(
-            "| {} | {:.1} ms ({:.1}–{:.1}) | {:.1} MiB |",
-            side.name,
-            spread.median,
-            spread.least,
-            spread.most,
-            resident / f64::from(1 << 20)
-        );
+        let spread = |times: &[f64]| {
+            let s = Spread::of(times).ok_or("no round was made")?;
+            Ok::<_, String>(format!("{:.1} ms ({:.1}–{:.1})", s.median, s.least, s.most))
+        };
+        let (first, wall) = (spread(&side.firsts)?, spread(&side.walls)?);
+        println!("| {} | {first} | {wall} | {:.1} MiB |", side.name, resident / f64::from(1 << 20));
     }
     println!("\nMedian (least to most).");
     Ok(())
@@ -94,13 +97,13 @@ fn sides(berth: &Path, arguments: &StartArguments) -> Result<Vec<Side>, String> 
     let side = |name, program: &Path, options: &str| {
         let program = program.to_str().ok_or_else(|| format!("{} is no text", program.display()))?;
         let command = [program].into_iter().chain(options.split(' ')).map(str::to_owned).collect();
-        Ok::<_, String>(Side { name, command, walls: Vec::new() })
+        Ok::<_, String>(Side { name, command, firsts: Vec::new(), walls: Vec::new() })
     };
     let of_berth = |engine| format!("run --engine {engine} --memory {MEMORY} --debug-exit --kernel");
     let of_qemu = |accel| {
         format!(
             "-M microvm -accel {accel} -m {MEMORY} -nodefaults -no-user-config -display none -no-reboot \
-             -device isa-debug-exit,iobase={PORT:#x},iosize=4 -kernel"
+             -serial stdio -device isa-debug-exit,iobase={PORT:#x},iosize=4 -kernel"
         )
     };
     let mut sides = Vec::new();
@@ -146,15 +149,21 @@ fn command(words: &[String], kernel: &Path) -> Result<Command, String> {
     Ok(command)
 }
 
-/// Seconds that a VM takes that ends at once.
-fn start(words: &[String], kernel: &Path) -> Result<f64, String> {
+/// Seconds until the guest's character comes out, and until the process has ended.
+fn start(words: &[String], kernel: &Path) -> Result<(f64, f64), String> {
     let mut command = command(words, kernel)?;
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let begun = Instant::now();
-    let status = command.status().map_err(|e| format!("it could not be started: {e}"))?;
+    let mut child = command.spawn().map_err(|e| format!("it could not be started: {e}"))?;
+    let mut character = [0];
+    let read = child.stdout.take().ok_or("it has no standard output")?.read_exact(&mut character);
+    let first = begun.elapsed().as_secs_f64();
+    let status = child.wait().map_err(|e| format!("it could not be waited for: {e}"))?;
     let wall = begun.elapsed().as_secs_f64();
     match status.code() {
-        Some(EXIT_CODE) => Ok(wall),
+        Some(EXIT_CODE) => {
+            read.map(|()| (first, wall)).map_err(|e| format!("its guest printed nothing: {e}"))
+        }
         _ => Err(format!("it ended with {status} instead of exit code {EXIT_CODE}")),
     }
 }
@@ -182,7 +191,9 @@ mod tests {
     #[test]
     fn another_end_is_an_error() {
         let words = |script: &str| ["sh", "-c", script].map(str::to_owned).to_vec();
-        assert!(start(&words("exit 33"), Path::new("/")).unwrap() >= 0.0);
+        let (first, wall) = start(&words("echo .; exit 33"), Path::new("/")).unwrap();
+        assert!(0.0 <= first && first <= wall);
+        assert!(start(&words("exit 33"), Path::new("/")).unwrap_err().contains("nothing"));
         assert!(start(&words("exit 1"), Path::new("/")).unwrap_err().contains("33"));
     }
 }

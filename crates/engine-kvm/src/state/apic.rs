@@ -13,9 +13,8 @@ use super::{bad, msrs};
 const DEADLINE_MODE: u32 = 2 << 17;
 const MODE: u32 = 3 << 17;
 
-pub fn read(vcpu: &VcpuFd) -> Result<ApicState, EngineError> {
+pub fn read(vcpu: &VcpuFd, base: u64) -> Result<ApicState, EngineError> {
     let lapic = vcpu.get_lapic().map_err(bad("local APIC"))?;
-    let base = vcpu.get_sregs().map_err(bad("special registers"))?.apic_base;
     let tsc_deadline = msrs::read_one(vcpu, IA32_TSC_DEADLINE)?;
     let mut state = ApicState { base, registers: [0; berth_cpu::apic::REGISTERS], tsc_deadline };
     for (register, bytes) in state.registers.iter_mut().zip(lapic.regs.chunks_exact(16)) {

@@ -15,6 +15,7 @@ mod events;
 mod fpu;
 mod msrs;
 mod registers;
+mod sync;
 
 use berth_cpu::{CpuState, MpState};
 use berth_engine::EngineError;
@@ -25,6 +26,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 pub use msrs::{KnownMsrs, move_tsc};
+pub use sync::has_sync_regs;
 
 /// A state that KVM refuses: EINVAL is a bad value, all else is a bad host.
 pub(crate) fn bad(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> EngineError {
@@ -68,16 +70,17 @@ pub fn write(vcpu: &VcpuFd, state: &CpuState) -> Result<(), EngineError> {
 ///
 /// # Errors
 /// [`EngineError::Host`]; KVM gives no reason to expect it.
-pub fn read(vcpu: &VcpuFd, known: &KnownMsrs) -> Result<CpuState, EngineError> {
+pub fn read(vcpu: &mut VcpuFd, known: &KnownMsrs, sync_regs: bool) -> Result<CpuState, EngineError> {
     let mut state = CpuState::default();
-    registers::read(vcpu, &mut state)?;
+    let synced = sync::read(vcpu, sync_regs)?;
+    registers::read(&synced, &mut state);
+    registers::read_debug(vcpu, &mut state)?;
     let xcrs = vcpu.get_xcrs().map_err(bad("XCR0"))?;
     state.xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0).map_or(1, |x| x.value);
     state.fpu = fpu::read(vcpu)?;
     state.msrs = msrs::read(vcpu, known)?;
-    state.apic = Some(Box::new(apic::read(vcpu)?));
-    let events = vcpu.get_vcpu_events().map_err(bad("pending events"))?;
-    events::to_neutral(&events, &mut state);
+    state.apic = Some(Box::new(apic::read(vcpu, synced.sregs.apic_base)?));
+    events::to_neutral(&synced.events, &mut state);
     state.mp_state = match vcpu.get_mp_state().map_err(bad("activity state"))?.mp_state {
         KVM_MP_STATE_HALTED => MpState::Halted,
         KVM_MP_STATE_INIT_RECEIVED | KVM_MP_STATE_UNINITIALIZED => MpState::WaitForSipi,

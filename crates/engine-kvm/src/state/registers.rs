@@ -7,6 +7,7 @@ use kvm_bindings::{kvm_debugregs, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
 use super::bad;
+use super::sync::Synced;
 
 /// Registers of KVM_SET_REGS.
 pub fn general(state: &CpuState) -> kvm_regs {
@@ -102,15 +103,14 @@ pub fn debug(state: &CpuState) -> kvm_debugregs {
     kvm_debugregs { db: [db0, db1, db2, db3], dr6, dr7, ..kvm_debugregs::default() }
 }
 
-/// Reads all of them.
-pub fn read(vcpu: &VcpuFd, state: &mut CpuState) -> Result<(), EngineError> {
-    let r = vcpu.get_regs().map_err(bad("general-purpose registers"))?;
+/// Takes over what KVM has of general-purpose, segment and control registers.
+pub fn read(synced: &Synced, state: &mut CpuState) {
+    let (r, s) = (&synced.regs, &synced.sregs);
     state.gpr = [
         r.rax, r.rcx, r.rdx, r.rbx, r.rsp, r.rbp, r.rsi, r.rdi, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13,
         r.r14, r.r15,
     ];
     (state.rip, state.rflags) = (r.rip, r.rflags);
-    let s = vcpu.get_sregs().map_err(bad("special registers"))?;
     state.es = from_segment(&s.es);
     state.cs = from_segment(&s.cs);
     state.ss = from_segment(&s.ss);
@@ -122,6 +122,10 @@ pub fn read(vcpu: &VcpuFd, state: &mut CpuState) -> Result<(), EngineError> {
     state.gdtr = TableRegister { base: s.gdt.base, limit: s.gdt.limit };
     state.idtr = TableRegister { base: s.idt.base, limit: s.idt.limit };
     (state.cr0, state.cr2, state.cr3, state.cr4, state.efer) = (s.cr0, s.cr2, s.cr3, s.cr4, s.efer);
+}
+
+/// Reads the debug registers.
+pub fn read_debug(vcpu: &VcpuFd, state: &mut CpuState) -> Result<(), EngineError> {
     let d = vcpu.get_debug_regs().map_err(bad("debug registers"))?;
     let [db0, db1, db2, db3] = d.db;
     state.dr = [db0, db1, db2, db3, 0, 0, d.dr6, d.dr7];

@@ -52,6 +52,7 @@ impl Cpu {
         if let Some(host) = self.vm.host_map.host(addr) {
             debug_assert!(addr.page_offset() as usize + data.len() <= PAGE_SIZE as usize);
             copy_to_guest(host, data);
+            self.vm.dirty.mark(addr);
             // Another vCPU that marks the page now reads it afterwards: either it sees our bytes, or we its mark.
             fence(Ordering::SeqCst);
             if self.vm.code_pages.has_code(addr) {
@@ -265,6 +266,8 @@ impl Cpu {
         if access == Access::Write {
             // Before the test: a vCPU that marks the page from now on asks us to look at it again.
             self.vm.code_pages.note_writer(addr, self.id);
+            // As in `slow.rs`: helpers run with the execution lock held.
+            self.vm.dirty.mark(addr);
         }
         if watched || access == Access::Write && self.vm.code_pages.has_code(addr) {
             return Ok(None);

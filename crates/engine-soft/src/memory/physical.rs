@@ -40,4 +40,13 @@ impl HostMap {
         self.memory.mark_page_accessed(((self.low_len + offset) >> PAGE_SHIFT) as usize);
         Some(self.high + offset)
     }
+
+    /// The guest physical address of `host`, if that is guest memory.
+    pub(crate) fn guest(&self, host: u64) -> Option<GuestPhysAddr> {
+        let within = |start: u64, len: u64| host.checked_sub(start).filter(|&offset| offset < len);
+        match within(self.low, self.low_len) {
+            Some(offset) => Some(GuestPhysAddr(offset)),
+            None => within(self.high, self.high_len).map(|offset| HIGH_RAM_START + offset),
+        }
+    }
 }

@@ -117,6 +117,10 @@ impl Cpu {
             let pieces = Pieces { first: addr, first_len: size, second: GuestPhysAddr(0) };
             return Ok(self.bounce(lin, pieces, size, kind));
         };
+        if kind != Kind::Read {
+            // This vCPU holds the execution lock until the store is done, so the log is not taken in between.
+            self.vm.dirty.mark(addr);
+        }
         if kind != Kind::Read && self.vm.code_pages.has_code(addr) {
             self.mem.post = Post::Code { addr, len: size };
             return Ok(Place::Special(host));

@@ -277,6 +277,17 @@ impl Cpu {
         }
     }
 
+    /// Removes all first-level entries for stores: each page is looked at again, and so marked in the log of written
+    /// pages.
+    pub(crate) fn drop_all_write_entries(&mut self) {
+        for table in TlbTable::ALL.into_iter().filter(|table| table.is_write()) {
+            for (i, entry) in self.s.tlb.0[table.index()].iter_mut().enumerate() {
+                *entry = empty(i);
+            }
+            self.s.slots.clear(table);
+        }
+    }
+
     /// Removes every first-level entry for stores to the host page at `host_page`.
     pub(crate) fn drop_write_entries(&mut self, host_page: u64) {
         for table in TlbTable::ALL.into_iter().filter(|table| table.is_write()) {

@@ -162,12 +162,17 @@ impl Cpu {
                 return Ok(t);
             }
             for entry in upper.into_iter().flatten() {
-                set_bits(entry, A);
+                if set_bits(entry, A) {
+                    self.vm.mark_host(entry.as_ptr() as u64);
+                }
             }
             let set = if access == Access::Write { A | D } else { A };
             // Between reading the entry and marking it the guest may have changed it: start again.
             if !mark(entry, value, set) {
                 return self.walk(lin, access, rights);
+            }
+            if value & set != set {
+                self.vm.mark_host(entry.as_ptr() as u64);
             }
             t.dirty = (value | set) & D != 0;
             return Ok(t);
@@ -221,6 +226,7 @@ impl Cpu {
             && u64::from(pde.load(Ordering::Relaxed)) & A == 0
         {
             pde.fetch_or(A as u32, Ordering::AcqRel);
+            self.vm.mark_host(pde.as_ptr() as u64);
         }
         let set = if access == Access::Write { A | D } else { A } as u32;
         if leaf_value & set != set
@@ -229,6 +235,9 @@ impl Cpu {
                 .is_err()
         {
             return self.walk_32(lin, access, rights);
+        }
+        if leaf_value & set != set {
+            self.vm.mark_host(leaf.as_ptr() as u64);
         }
         t.dirty = u64::from(leaf_value | set) & D != 0;
         Ok(t)
@@ -255,10 +264,13 @@ fn load(entry: &AtomicU64) -> u64 {
     entry.load(Ordering::Acquire)
 }
 
-fn set_bits(entry: &AtomicU64, bits: u64) {
-    if entry.load(Ordering::Relaxed) & bits != bits {
+/// Sets `bits` if they are not set; returns whether it did.
+fn set_bits(entry: &AtomicU64, bits: u64) -> bool {
+    let missing = entry.load(Ordering::Relaxed) & bits != bits;
+    if missing {
         entry.fetch_or(bits, Ordering::AcqRel);
     }
+    missing
 }
 
 /// Sets `bits` in an entry that still is `value`; false if it has changed.

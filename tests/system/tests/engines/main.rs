@@ -1,7 +1,9 @@
 //! All cases on every engine: `cargo nextest run -p berth-tests-system kvm::interrupts`.
 
 mod accesses;
+mod clock;
 mod debugging;
+mod dirty_log;
 mod engine_contract;
 mod exceptions;
 mod fast_paths;
@@ -20,7 +22,9 @@ use berth_tests_system::run::{Group, run};
 fn main() {
     run(&[
         Group { name: "accesses", cases: accesses::CASES },
+        Group { name: "clock", cases: clock::CASES },
         Group { name: "debugging", cases: debugging::CASES },
+        Group { name: "dirty_log", cases: dirty_log::CASES },
         Group { name: "engine_contract", cases: engine_contract::CASES },
         Group { name: "exceptions", cases: exceptions::CASES },
         Group { name: "fast_paths", cases: fast_paths::CASES },

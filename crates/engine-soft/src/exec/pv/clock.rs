@@ -57,10 +57,21 @@ impl Scale {
         let shifted = if self.shift < 0 { ticks >> -self.shift } else { ticks << self.shift };
         ((shifted * u128::from(self.multiplier)) >> 32) as u64
     }
+
+    /// So many ticks that [`Self::nanos`] of them is `nanos`, or just above it.
+    fn ticks(self, nanos: u64) -> u64 {
+        let shifted = (u128::from(nanos) << 32).div_ceil(u128::from(self.multiplier));
+        let ticks = match self.shift {
+            right @ ..0 => shifted << -right,
+            left => shifted.div_ceil(1 << left),
+        };
+        u64::try_from(ticks).unwrap_or(u64::MAX)
+    }
 }
 
 /// The moment when a VM's time began.
 pub(super) struct TimeBase {
+    /// The host's time-stamp counter then. It changes only while no vCPU runs.
     host_tsc: AtomicU64,
     scale: Scale,
 }
@@ -71,7 +82,7 @@ impl TimeBase {
     }
 
     /// Time since then.
-    fn elapsed(&self) -> Duration {
+    pub(super) fn elapsed(&self) -> Duration {
         Duration::from_nanos(self.scale.nanos(host_tsc().wrapping_sub(self.host_tsc())))
     }
 
@@ -83,6 +94,11 @@ impl TimeBase {
     /// `ticks` of the host's counter were no time of the VM.
     pub(super) fn skip(&self, ticks: u64) {
         self.host_tsc.fetch_add(ticks, Ordering::SeqCst);
+    }
+
+    /// Moves the beginning so that `nanos` have passed since then.
+    pub(super) fn set(&self, nanos: u64) {
+        self.host_tsc.store(host_tsc().wrapping_sub(self.scale.ticks(nanos)), Ordering::SeqCst);
     }
 }
 
@@ -127,6 +143,7 @@ fn publish(cpu: &Cpu) {
         // Whether it fits was checked above.
         let _ = memory.write(GuestPhysAddr(addr + 8), &body);
     });
+    cpu.vm.dirty.mark_range(GuestPhysAddr(addr), TIME_INFO_SIZE);
 }
 
 pub(in crate::exec) fn read_wall_clock(cpu: &mut Cpu) -> Guest<u64> {
@@ -147,6 +164,7 @@ pub(in crate::exec) fn write_wall_clock(cpu: &mut Cpu, value: u64) -> Guest<()> 
             seconds.store(start.as_secs() as u32, Ordering::Relaxed);
             nanos.store(start.subsec_nanos(), Ordering::Relaxed);
         });
+        cpu.vm.dirty.mark_range(GuestPhysAddr(value), 12);
     }
     Ok(())
 }
@@ -161,6 +179,19 @@ mod tests {
         {
             let nanos = Scale::of(hz).nanos(hz);
             assert!((999_999_990..=1_000_000_000).contains(&nanos), "{hz} Hz: {nanos}");
+        }
+    }
+
+    #[test]
+    fn ticks_are_the_inverse_of_nanoseconds() {
+        for hz in [1_000, 999_999_999, 1_000_000_000, 2_445_431_000, 5_200_000_000] {
+            let scale = Scale::of(hz);
+            for nanos in [0, 1, 1_000_000_007, 86_400_000_000_000] {
+                let there = scale.nanos(scale.ticks(nanos));
+                // A tick of a slow counter is many nanoseconds.
+                let tick = 1_000_000_000 / hz + 2;
+                assert!((nanos..=nanos + tick).contains(&there), "{hz} Hz: {nanos} became {there}");
+            }
         }
     }
 

@@ -53,6 +53,7 @@ pub fn offer_eoi(cpu: &mut Cpu, vector: u8) {
     }
     if let Some(flag) = flag(cpu) {
         flag.fetch_or(NO_EOI_NEEDED, Ordering::SeqCst);
+        cpu.vm.mark_host(flag.as_ptr() as u64);
         cpu.msrs.pv.eoi.offered = true;
     }
 }
@@ -70,7 +71,9 @@ pub fn take_eoi(cpu: &mut Cpu) {
                 return;
             }
             // The guest cannot take it any more: this vCPU runs here.
-            is_open(flag.fetch_and(!NO_EOI_NEEDED, Ordering::SeqCst))
+            let before = flag.fetch_and(!NO_EOI_NEEDED, Ordering::SeqCst);
+            cpu.vm.mark_host(flag.as_ptr() as u64);
+            is_open(before)
         }
         Some(_) => false,
         None => true,

@@ -59,6 +59,16 @@ impl PvShared {
         self.time.skip(ticks);
     }
 
+    /// Nanoseconds of the paravirtual clock.
+    pub fn clock(&self) -> u64 {
+        u64::try_from(self.time.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Lets the clock go on from `nanos`. Vcpus publish it when they are given their state.
+    pub fn set_clock(&self, nanos: u64) {
+        self.time.set(nanos);
+    }
+
     fn unhalt(&self, vcpu: VcpuId) {
         if let Some(flag) = self.unhalted.get(usize::from(vcpu.0)) {
             flag.store(true, Ordering::SeqCst);

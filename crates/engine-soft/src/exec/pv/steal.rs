@@ -124,6 +124,7 @@ fn publish(cpu: &mut Cpu) {
         shared::versioned(version, || {
             total.fetch_add(stolen, Ordering::Relaxed);
         });
+        cpu.vm.dirty.mark(GuestPhysAddr(addr));
     }
 }
 
@@ -134,6 +135,7 @@ pub fn suspend(cpu: &mut Cpu) {
         && let Some(preempted) = shared::byte(&cpu.vm.memory, addr + PREEMPTED)
     {
         preempted.store(VCPU_PREEMPTED, Ordering::SeqCst);
+        cpu.vm.dirty.mark(GuestPhysAddr(addr));
     }
 }
 
@@ -141,6 +143,7 @@ pub fn suspend(cpu: &mut Cpu) {
 pub fn resume(cpu: &mut Cpu) {
     let Some(addr) = cpu.msrs.pv.steal.address() else { return };
     let left = shared::byte(&cpu.vm.memory, addr + PREEMPTED).map_or(0, |p| p.swap(0, Ordering::SeqCst));
+    cpu.vm.dirty.mark(GuestPhysAddr(addr));
     if left & VCPU_FLUSH_TLB != 0 {
         cpu.flush_tlb(Flush::All);
     }
