@@ -20,6 +20,22 @@ pub trait MmioDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// A store `offset` bytes into the device.
     fn write(&self, offset: u64, data: &[u8]);
+    /// Who answers `offset` bytes into the device, where it only leads to others; `None`: the device itself.
+    fn leads_to(&self, offset: u64) -> Option<MmioRange> {
+        let _ = offset;
+        None
+    }
+}
+
+/// A range of guest physical addresses that a device answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MmioRange {
+    /// The device, for people.
+    pub name: String,
+    /// First guest physical address.
+    pub start: GuestPhysAddr,
+    /// Length in bytes.
+    pub len: u64,
 }
 
 /// Why a device cannot be put on the bus.
@@ -154,6 +170,16 @@ impl MachineBus {
     ) -> Result<(), BusError> {
         self.mmio.insert(start.0, len, u64::MAX, name, device)
     }
+
+    /// Who answers loads and stores at `at`.
+    pub fn mmio_at(&self, at: GuestPhysAddr) -> Option<MmioRange> {
+        let entry = self.mmio.find(at.0)?;
+        Some(entry.device.leads_to(at.0 - entry.start).unwrap_or_else(|| MmioRange {
+            name: entry.name.to_owned(),
+            start: GuestPhysAddr(entry.start),
+            len: (entry.last - entry.start).saturating_add(1),
+        }))
+    }
 }
 
 impl Bus for MachineBus {
@@ -240,6 +266,9 @@ mod tests {
         let mut data = [0; 4];
         bus.port_read(0xffff, &mut data);
         assert_eq!(data, [0xff; 4]);
+        let who = |at| bus.mmio_at(GuestPhysAddr(at)).map(|r| (r.name, r.start.0, r.len));
+        assert_eq!(who(0x1013), Some(("high".to_owned(), 0x1004, 0x10)));
+        assert_eq!([who(0x1002), who(0x1014)], [None, None]);
     }
 
     #[test]

@@ -176,6 +176,11 @@ impl Engine for KvmEngine {
         NAME
     }
 
+    /// Before the first vCPU is made there is no model yet: the most that there can be.
+    fn physical_bits(&self) -> u8 {
+        self.model.get().map_or(52, CpuidModel::physical_bits)
+    }
+
     fn interrupt_controllers(&self) -> InterruptControllers {
         match &self.chips {
             Chips::All(chips) => InterruptControllers::Engine(chips.clone()),

@@ -126,6 +126,10 @@ impl Engine for SoftEngine {
         "soft"
     }
 
+    fn physical_bits(&self) -> u8 {
+        self.vm.cpuid.physical_bits()
+    }
+
     fn interrupt_controllers(&self) -> InterruptControllers {
         InterruptControllers::Devices
     }

@@ -228,6 +228,8 @@ pub struct StoodStill {
 pub trait Engine: Send + Sync {
     /// The name that `--engine` takes.
     fn name(&self) -> &'static str;
+    /// Bits of guest physical addresses, as CPUID shows them (leaf 0x80000008, MAXPHYADDR).
+    fn physical_bits(&self) -> u8;
     /// Who emulates the interrupt controllers.
     fn interrupt_controllers(&self) -> InterruptControllers;
     /// Makes a vCPU. `apic` is given exactly if the interrupt controllers are devices. The vCPU is in the reset

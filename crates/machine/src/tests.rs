@@ -109,6 +109,9 @@ impl Engine for ScriptEngine {
     fn name(&self) -> &'static str {
         "script"
     }
+    fn physical_bits(&self) -> u8 {
+        46
+    }
     fn interrupt_controllers(&self) -> InterruptControllers {
         InterruptControllers::Devices
     }

@@ -25,6 +25,9 @@ impl Default for HostBridge {
 }
 
 impl PciFunction for HostBridge {
+    fn name(&self) -> String {
+        "PCI host bridge".to_owned()
+    }
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         self.0.lock().read(offset, data);
     }

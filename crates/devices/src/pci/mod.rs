@@ -69,6 +69,8 @@ pub struct BarRange {
 /// Accesses have any length from 1 to 8 bytes and any alignment. `config_*` are within the 4096 bytes of a
 /// configuration space, `bar_*` within the BAR.
 pub trait PciFunction: Send + Sync {
+    /// What it is, for people.
+    fn name(&self) -> String;
     /// A load from configuration space.
     fn config_read(&self, offset: u16, data: &mut [u8]);
     /// A store to configuration space. The root asks for [`Self::bars`] after each one that may move BARs.

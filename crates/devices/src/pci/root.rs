@@ -12,7 +12,7 @@ use berth_memory::layout::{
 use parking_lot::{Mutex, RwLock};
 
 use super::{BarRange, HostBridge, PciError, PciFunction};
-use crate::bus::{BusError, MachineBus, MmioDevice, PortDevice};
+use crate::bus::{BusError, MachineBus, MmioDevice, MmioRange, PortDevice};
 use crate::bytes;
 use crate::power::{PowerEvent, PowerSink};
 
@@ -248,6 +248,12 @@ impl MmioDevice for BarWindow {
             window.function.bar_write(window.range.bar, offset, &data[..within]);
         }
     }
+    fn leads_to(&self, offset: u64) -> Option<MmioRange> {
+        let (window, _) = self.root.window(self.base.0 + offset)?;
+        let BarRange { bar, start, len } = window.range;
+        let name = format!("{}, BAR {bar}", window.function.name());
+        Some(MmioRange { name, start: GuestPhysAddr(start), len })
+    }
 }
 
 #[cfg(test)]
@@ -270,6 +276,9 @@ mod tests {
         }
     }
     impl PciFunction for Ram {
+        fn name(&self) -> String {
+            "memory".to_owned()
+        }
         fn config_read(&self, offset: u16, data: &mut [u8]) {
             self.config.lock().read(offset, data);
         }
@@ -337,6 +346,10 @@ mod tests {
         assert_eq!(read(&bus, GuestPhysAddr(0xc123_4ffe)), 0xffff_0403);
         bus.mmio_write(ecam(3, 0x10), &0xc000_0000_u32.to_le_bytes());
         assert_eq!(read(&bus, GuestPhysAddr(0xc000_0ffc)), 0x0403_0201);
+        let there =
+            MmioRange { name: "memory, BAR 0".to_owned(), start: GuestPhysAddr(0xc000_0000), len: 4096 };
+        assert_eq!(bus.mmio_at(GuestPhysAddr(0xc000_0ffc)), Some(there));
+        assert_eq!(bus.mmio_at(GuestPhysAddr(0xc000_1000)).unwrap().name, "PCI memory window");
         assert_eq!(read(&bus, GuestPhysAddr(0xc123_4ffc)), u32::MAX);
     }
 

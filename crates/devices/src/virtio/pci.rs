@@ -238,6 +238,10 @@ fn structure(kind: u8, offset: u64, len: u64, rest: &[u8]) -> Vec<u8> {
 }
 
 impl PciFunction for VirtioPci {
+    fn name(&self) -> String {
+        format!("virtio device {}", self.link.name)
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) {
         let mut config = self.config.lock();
         if let Some(at) = self.window(&config, offset, data.len()) {
