@@ -1,11 +1,14 @@
 //! What this host has that matters to virtual machines, and which engine follows from it.
 //!
-//! Everything is read from `/proc`, `/sys` and `/dev` below a root that tests replace, except for what only a
-//! system call tells. Nothing here fails: what a host does not say is `None`, because containers and old
+//! Everything that [`Host`] reports is read from `/proc`, `/sys` and `/dev` below a root that tests replace, except
+//! for what only a system call tells. None of it fails: what a host does not say is `None`, because containers and old
 //! kernels hide much, and a report with a gap is better than none.
+//!
+//! [`CpuGroup`] is the one thing here that changes something.
 
 mod cgroup;
 mod cpu;
+mod cpu_group;
 mod engine;
 mod kvm;
 mod memory;
@@ -19,6 +22,7 @@ use serde::Serialize;
 
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use cpu::{Cpu, Tsc};
+pub use cpu_group::{CpuGroup, CpuGroupError, DEFAULT_WEIGHT};
 pub use engine::{EngineChoice, EngineName};
 pub use kvm::{Kvm, KvmKind};
 pub use memory::{HugePages, HugetlbPool, Ksm, Memory, Swap, SwapArea};
