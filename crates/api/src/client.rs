@@ -15,7 +15,8 @@ use tokio::runtime::Runtime;
 
 use crate::http::{Ask, send, whole};
 use crate::types::{
-    ApiError, BalloonRequest, ConsoleSize, DiskSizeRequest, Event, StopRequest, VmInfo, VmStats,
+    ApiError, BalloonRequest, ConsoleSize, DiskSizeRequest, Event, ExplainQuery, Explanation, MemoryMap,
+    StopRequest, VmInfo, VmStats,
 };
 
 /// How long a VM has to answer a request that it can answer at once.
@@ -164,6 +165,25 @@ impl Client {
     /// [`ClientError`].
     pub fn stats(&self) -> Result<VmStats, ClientError> {
         self.get("/stats")
+    }
+
+    /// Where an address of the guest leads.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when there is no such address, vCPU or process.
+    pub fn explain(&self, query: &ExplainQuery) -> Result<Explanation, ClientError> {
+        self.get(&format!("/explain?{}", query.to_query()))
+    }
+
+    /// A map of guest memory by page state.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the size of chunks is not possible.
+    pub fn memory_map(&self, chunk_bytes: Option<u64>) -> Result<MemoryMap, ClientError> {
+        match chunk_bytes {
+            Some(bytes) => self.get(&format!("/map?chunk_bytes={bytes}")),
+            None => self.get("/map"),
+        }
     }
 
     /// Stops vCPUs, devices and the guest's clock. Done when it returns; a VM that is paused stays so.

@@ -4,13 +4,14 @@ use std::fmt;
 
 use berth_cpu::bits::{pf_error, vector};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::hex::Hex;
 use crate::paging::{Paging, PagingMode};
 use crate::walk::{End, Page, Walk};
 
 /// What an access does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AccessKind {
     /// Load.
@@ -37,7 +38,7 @@ impl AccessKind {
 }
 
 /// Who accesses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Privilege {
     /// CPL 3.
@@ -58,7 +59,7 @@ impl Privilege {
 }
 
 /// An access to ask about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Access {
     /// What it does.
     pub kind: AccessKind,
@@ -138,7 +139,7 @@ pub fn check(page: &Page, paging: &Paging, access: Access) -> Result<(), Denial>
 }
 
 /// The fault that an access raises.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Fault {
     /// Vector of the exception.
     pub vector: u8,

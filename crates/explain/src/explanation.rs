@@ -3,6 +3,7 @@
 use berth_cpu::CpuState;
 use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr, HostVirtAddr, PageState};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::access::{Access, AccessKind, Fault, Privilege, check, fault};
 use crate::hex::Hex;
@@ -13,7 +14,7 @@ use crate::walk::{End, Level, Page, Step, walk};
 use crate::words;
 
 /// Whose address it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Space {
     /// A linear address in the address space that the vCPU is in.
@@ -63,7 +64,7 @@ pub trait MachineView {
 }
 
 /// A range of guest physical addresses that a device answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Device {
     /// The device.
     pub name: String,
@@ -91,8 +92,15 @@ pub enum ExplainError {
     },
 }
 
+impl ExplainError {
+    /// Whether something was named that there is not.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Process(ProcessError::NoProcess { .. } | ProcessError::KernelThread { .. }))
+    }
+}
+
 /// The whole way of an address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Explanation {
     /// Name of the VM.
     pub vm: String,
@@ -119,7 +127,7 @@ pub struct Explanation {
 }
 
 /// A linear address space of the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AddressSpace {
     /// The paging mode.
     pub mode: PagingMode,
@@ -132,7 +140,7 @@ pub struct AddressSpace {
 }
 
 /// A process of the guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestProcess {
     /// Its number.
     pub pid: u32,
@@ -141,7 +149,7 @@ pub struct GuestProcess {
 }
 
 /// One level of page tables.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct LevelView {
     /// Which table.
     pub level: Level,
@@ -162,7 +170,7 @@ pub struct LevelView {
 }
 
 /// The page that page tables lead to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PageView {
     /// First guest physical address.
     pub base: Hex,
@@ -173,7 +181,7 @@ pub struct PageView {
 }
 
 /// Whether a page allows an access.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Right {
     /// The access.
     #[serde(flatten)]
@@ -185,7 +193,7 @@ pub struct Right {
 }
 
 /// What is at a guest physical address.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Place {
     /// RAM.
@@ -194,7 +202,8 @@ pub enum Place {
         start: Hex,
         /// Length of the region in bytes.
         len: u64,
-        /// The state of the page; `null` when the host does not say.
+        /// The state of the page (untouched, resident, shared, stored or released); `null` when the host does not say.
+        #[schema(value_type = Option<String>)]
         state: Option<PageState>,
     },
     /// Registers of a device.
@@ -204,7 +213,7 @@ pub enum Place {
 }
 
 /// A page of RAM in the VM's process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostView {
     /// The VM's process.
     pub pid: u32,

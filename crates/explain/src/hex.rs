@@ -6,8 +6,9 @@ use std::str::FromStr;
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// A number that is shown as `0x…`.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// An address or bits, hexadecimal after `0x`.
+#[derive(utoipa::ToSchema, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[schema(value_type = String, pattern = "^0x[0-9a-f]{1,16}$", example = "0xffffffff81000000")]
 pub struct Hex(pub u64);
 
 impl fmt::Display for Hex {

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use berth_memory::{HostVirtAddr, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::hex::Hex;
 use crate::words;
@@ -102,7 +103,7 @@ impl Pagemap {
 }
 
 /// A page of the VM's process as the host sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct HostPage {
     /// The page is in memory.
     pub present: bool,

@@ -4,6 +4,7 @@ use std::io;
 
 use berth_memory::{GuestMemory, PAGE_SIZE, PageState, StateRange};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::hex::Hex;
 
@@ -17,7 +18,7 @@ pub const STATES: [PageState; 5] =
     [PageState::Resident, PageState::Shared, PageState::Stored, PageState::Released, PageState::Untouched];
 
 /// How many bytes are in each state (see [`PageState`]).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Counts {
     /// In memory of their own.
     pub resident: u64,
@@ -32,7 +33,7 @@ pub struct Counts {
 }
 
 /// A map of guest memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryMap {
     /// Name of the VM.
     pub vm: String,
@@ -47,7 +48,7 @@ pub struct MemoryMap {
 }
 
 /// One piece of RAM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MapRegion {
     /// First guest physical address.
     pub start: Hex,

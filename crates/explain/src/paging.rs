@@ -5,9 +5,10 @@ use std::fmt;
 use berth_cpu::CpuState;
 use berth_cpu::bits::{cr0, cr4, efer};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// The paging mode (SDM volume 3, 4.1.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum PagingMode {
     /// CR0.PG is clear: linear addresses are guest physical.
     #[serde(rename = "off")]

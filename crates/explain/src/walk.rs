@@ -5,6 +5,7 @@
 
 use berth_memory::{GuestMemory, GuestPhysAddr, GuestVirtAddr};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::paging::{Paging, PagingMode};
 
@@ -26,7 +27,7 @@ pub(crate) mod entry {
 }
 
 /// A level of page tables, by the manual's name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Level {
     /// Page map level 4: an entry covers 512 GiB.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use berth_cpu::VcpuId;
 use berth_cpu::msr::IA32_TSC_DEADLINE;
 use berth_devices::acpi_pm::AcpiPm;
-use berth_devices::bus::{BusError, MachineBus};
+use berth_devices::bus::{BusError, MachineBus, MmioRange};
 use berth_devices::cmos::Cmos;
 use berth_devices::debug_exit::DebugExit;
 use berth_devices::i8042::I8042;
@@ -23,8 +23,8 @@ use berth_devices::serial::Serial;
 use berth_devices::timer::{TimerError, Timers, TscClock, read_tsc, tsc_hz};
 use berth_devices::virtio::console::Output;
 use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, StoodStill, VcpuHandle};
-use berth_memory::GuestMemory;
 use berth_memory::layout::{HIGH_RAM_START, ports};
+use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::Mutex;
 
 use crate::config::MachineConfig;
@@ -132,6 +132,11 @@ impl Board {
     /// The bus, for the vCPUs.
     pub fn bus(&self) -> &dyn Bus {
         &self.bus
+    }
+
+    /// The device that answers at `at`; local APICs are in front of it.
+    pub fn mmio_at(&self, at: GuestPhysAddr) -> Option<MmioRange> {
+        self.bus.mmio_at(at)
     }
 
     /// The local APIC of vCPU `id`, unless the engine has it.

@@ -24,6 +24,7 @@ pub struct MachineControl {
     memory: GuestMemory,
     status: Arc<Status>,
     reclaimer: Arc<Reclaimer>,
+    physical_bits: u8,
 }
 
 impl MachineControl {
@@ -33,13 +34,23 @@ impl MachineControl {
         memory: GuestMemory,
         status: Arc<Status>,
         reclaimer: Arc<Reclaimer>,
+        physical_bits: u8,
     ) -> Self {
-        Self { events, board, memory, status, reclaimer }
+        Self { events, board, memory, status, reclaimer, physical_bits }
     }
 
     /// The guest's memory: what is in it, and in which state each page is.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    pub(crate) fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Bits of guest physical addresses.
+    pub fn physical_bits(&self) -> u8 {
+        self.physical_bits
     }
 
     /// Where in its life the machine is.
@@ -164,7 +175,7 @@ impl MachineControl {
         done.recv().is_ok()
     }
 
-    fn send(&self, event: Event) {
+    pub(crate) fn send(&self, event: Event) {
         // The receiver is gone when the machine has ended: then there is nothing to do.
         let _ = self.events.send(event);
     }

@@ -1,6 +1,8 @@
 //! What the supervisor is told.
 
-use berth_cpu::VcpuId;
+use std::sync::mpsc::Sender;
+
+use berth_cpu::{CpuState, VcpuId};
 use berth_devices::power::PowerEvent;
 
 /// Called when what was asked for is done; dropped when the machine ends before.
@@ -18,6 +20,13 @@ pub enum Event {
     Pause(Done),
     /// The owner wants the VM to go on.
     Resume(Done),
+    /// Somebody wants to know the state of a vCPU.
+    Look {
+        /// Which.
+        vcpu: VcpuId,
+        /// Where the state goes; dropped when there is none.
+        reply: Sender<Box<CpuState>>,
+    },
     /// A vCPU does not run any more.
     VcpuParked {
         /// Which.

@@ -18,6 +18,7 @@ mod control;
 #[cfg(test)]
 mod engine_tests;
 mod event;
+mod look;
 mod machine;
 mod notice;
 pub mod options;
@@ -35,6 +36,7 @@ pub use berth_devices::virtio::net::NetCounters;
 pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
 pub use control::{BalloonControl, MachineControl};
+pub use look::LookError;
 pub use machine::{Machine, MachineError};
 pub use notice::{Notice, Notices, Recorded};
 pub use status::MachineState;

@@ -143,6 +143,7 @@ impl Machine {
                 .map_err(|source| MachineError::Thread { what: format!("vCPU {id}"), source })?;
             vcpus.push(thread);
         }
+        let physical_bits = engine.physical_bits();
         let reclaimer = Arc::new(Reclaimer::new(&config, memory.clone(), engine.clone()));
         let limit = match config.memory.limit {
             None => None,
@@ -163,7 +164,7 @@ impl Machine {
             entry: booted.state,
             status: status.clone(),
         });
-        let control = MachineControl::new(sender, board, memory, status, reclaimer);
+        let control = MachineControl::new(sender, board, memory, status, reclaimer, physical_bits);
         Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)), _limit: limit })
     }
 

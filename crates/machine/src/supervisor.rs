@@ -184,11 +184,16 @@ impl Supervisor {
                     self.resume();
                     done();
                 }
+                Event::Look { vcpu, reply } => {
+                    if let Some(vcpu) = self.vcpus.get_mut(usize::from(vcpu.0)) {
+                        vcpu.look(reply);
+                    }
+                }
                 Event::VcpuParked { id, parked } => {
                     let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) else { continue };
                     vcpu.parked();
                     match parked {
-                        // A stop that was left over from before the last reset.
+                        // Somebody looked at its state; or a stop was left over from before the last reset.
                         Parked::Stopped => vcpu.resume(),
                         Parked::Failed(account) => {
                             return Verdict::End(Outcome::Failed(format!("vCPU {id}: {account}")));
@@ -271,7 +276,7 @@ impl Supervisor {
                 }
                 Ok(Event::Stop) => verdict = Verdict::End(Outcome::Stopped),
                 Ok(Event::Power(event)) => debug!("{event:?} came while the VM halted"),
-                Ok(Event::Reset) => {}
+                Ok(Event::Reset | Event::Look { .. }) => {}
                 Ok(event @ (Event::Pause(_) | Event::Resume(_))) => self.deferred.push_back(event),
                 Err(_) => break,
             }

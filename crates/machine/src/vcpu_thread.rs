@@ -29,7 +29,12 @@ enum Command {
     Resume,
     /// Run on after the machine stood still for a time that the guest shall not see.
     Skip(StoodStill),
+    /// Say what the state is, and stay parked.
+    Look(Look),
 }
+
+/// Where the state of a vCPU goes that somebody wants to know.
+type Look = Sender<Box<CpuState>>;
 
 /// The supervisor's side of a vCPU's thread.
 pub struct VcpuThread {
@@ -38,6 +43,8 @@ pub struct VcpuThread {
     thread: Option<JoinHandle<()>>,
     /// Whether the vCPU was started and has not reported [`Event::VcpuParked`] since.
     running: bool,
+    /// Who wants to know the vCPU's state, as soon as it is parked.
+    looks: Vec<Look>,
 }
 
 /// What a vCPU's thread needs besides the vCPU.
@@ -66,7 +73,7 @@ impl VcpuThread {
         let thread = thread::Builder::new()
             .name(thread_name(&context.vm_name, &format!("vcpu{id}")))
             .spawn(move || serve(id, vcpu, &received, &context))?;
-        Ok(Self { commands: Some(commands), handle, thread: Some(thread), running: false })
+        Ok(Self { commands: Some(commands), handle, thread: Some(thread), running: false, looks: Vec::new() })
     }
 
     /// Runs the vCPU from `state` on. It must not be running.
@@ -100,6 +107,21 @@ impl VcpuThread {
     /// Notes that the vCPU has reported [`Event::VcpuParked`].
     pub fn parked(&mut self) {
         self.running = false;
+        for reply in std::mem::take(&mut self.looks) {
+            self.look(reply);
+        }
+    }
+
+    /// Sends the vCPU's state to `reply`: at once if it is parked, else it is stopped and reports
+    /// [`Event::VcpuParked`]. A vCPU that is gone drops `reply`.
+    pub fn look(&mut self, reply: Look) {
+        if self.running {
+            self.looks.push(reply);
+            self.handle.stop();
+        } else if let Some(commands) = &self.commands {
+            // If the thread is gone it has reported why.
+            let _ = commands.send(Command::Look(reply));
+        }
     }
 
     /// Whether a report is still to come.
@@ -131,6 +153,13 @@ fn serve(id: VcpuId, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, cont
             Command::Skip(time) => {
                 vcpu.skip_time(time);
                 Ok(())
+            }
+            Command::Look(reply) => {
+                // Who asked may not wait any more.
+                let _ = reply.send(Box::new(vcpu.state()));
+                // Nothing is reported: the vCPU did not run.
+                std::mem::forget(report);
+                continue;
             }
         };
         report.parked = match ready {

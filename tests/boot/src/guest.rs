@@ -125,6 +125,11 @@ impl Guest {
         }
     }
 
+    /// What the console has shown so far, as far as it was waited for.
+    pub fn lines(&self) -> &[String] {
+        &self.seen
+    }
+
     /// Number of the process.
     pub fn process(&self) -> u32 {
         self.process.id()

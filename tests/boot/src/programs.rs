@@ -25,8 +25,8 @@ const FLAGS_32: [&str; 8] = [
 pub const PROGRAMS: [&str; 10] =
     ["vector", "x87", "strings", "signals", "threads", "mappings", "code", "processes", "timers", "ia32"];
 
-/// Names of programs that tests of devices run with arguments.
-const DEVICE_PROGRAMS: [&str; 3] = ["writer", "vsock", "pages"];
+/// Names of programs that other tests run, with arguments or without an end.
+const DEVICE_PROGRAMS: [&str; 4] = ["writer", "vsock", "pages", "pagemap"];
 
 /// Scripts for the guest's shell.
 const SCRIPTS: [(&str, &str); 5] = [

@@ -3,6 +3,7 @@
 mod console;
 mod control;
 mod events;
+mod look;
 mod vm;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use crate::server::Shared;
     components(schemas(ApiError)),
     tags(
         (name = "vm", description = "What the VM is and what it uses"),
+        (name = "memory", description = "Where addresses lead and memory is"),
         (name = "control", description = "Steering it"),
         (name = "devices", description = "Its devices"),
         (name = "console", description = "Its console")
@@ -51,6 +53,8 @@ fn router() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(console::attach))
         .routes(routes!(console::set_size))
         .routes(routes!(events::events))
+        .routes(routes!(look::explain))
+        .routes(routes!(look::map))
         .routes(routes!(document))
 }
 

@@ -3,6 +3,7 @@
 mod console;
 mod list;
 mod logs;
+mod look;
 mod show;
 mod steer;
 
@@ -41,6 +42,10 @@ pub enum VmCommand {
     Rm(steer::RmArguments),
     /// Print all that is known of VMs, as JSON
     Inspect(Names),
+    /// Explain where an address of a guest leads: page tables, guest memory, host memory, machine frame
+    Explain(look::ExplainArguments),
+    /// Draw guest physical memory by page state
+    Map(look::MapArguments),
     /// Show what a VM uses
     Stats(show::StatsArguments),
     /// Show what happens to a VM
@@ -131,6 +136,8 @@ pub fn run(command: &VmCommand) -> Result<ExitCode, VmsError> {
         VmCommand::Wait(name) => steer::wait(&name.name),
         VmCommand::Rm(arguments) => steer::rm(arguments),
         VmCommand::Inspect(names) => show::inspect(&names.names),
+        VmCommand::Explain(arguments) => look::explain(arguments),
+        VmCommand::Map(arguments) => look::map(arguments),
         VmCommand::Stats(arguments) => show::stats(arguments),
         VmCommand::Events(arguments) => show::events(arguments),
     }
