@@ -10,7 +10,7 @@ const WIDTH: f64 = 1120.0;
 const LEFT: f64 = 30.0;
 /// Distance of two tables, and their size.
 const STEP: f64 = 208.0;
-const TABLE: (f64, f64) = (174.0, 170.0);
+const TABLE: (f64, f64) = (182.0, 170.0);
 /// Height of a row of a table.
 const ROW: f64 = 22.0;
 
