@@ -15,8 +15,8 @@ use tokio::runtime::Runtime;
 
 use crate::http::{Ask, send, whole};
 use crate::types::{
-    ApiError, BalloonRequest, ConsoleSize, DiskSizeRequest, Event, ExplainQuery, Explanation, MemoryMap,
-    StopRequest, VmInfo, VmStats,
+    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, Event, ExplainQuery, Explanation,
+    MemoryMap, StopRequest, VmInfo, VmStats,
 };
 
 /// How long a VM has to answer a request that it can answer at once.
@@ -240,6 +240,14 @@ impl Client {
     /// [`ClientError::Refused`] when there is no balloon.
     pub fn set_balloon(&self, target_bytes: u64) -> Result<(), ClientError> {
         self.put(Method::PUT, "/balloon", &BalloonRequest { target_bytes })
+    }
+
+    /// Changes how much CPU time the VM gets.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the host does not let it, or there is no such weight or limit.
+    pub fn set_cpu(&self, request: &CpuRequest) -> Result<(), ClientError> {
+        self.put(Method::PUT, "/cpu", request)
     }
 
     /// Makes the disk `id` larger.

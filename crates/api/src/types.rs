@@ -12,5 +12,7 @@ pub use berth_explain::{Explanation, MemoryMap};
 pub use event::{Event, EventKind};
 pub use info::{ConsoleKind, DiskInfo, Ending, NetInfo, VmDescription, VmInfo, VmState, VsockInfo};
 pub use look::{ExplainQuery, MapQuery};
-pub use request::{ApiError, BalloonRequest, ConsoleSize, DiskSizeRequest, ErrorCode, StopRequest};
+pub use request::{
+    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, ErrorCode, StopRequest,
+};
 pub use stats::{BalloonStats, DiskStats, MemoryStats, NetStats, ThreadStats, VcpuStats, VmStats};

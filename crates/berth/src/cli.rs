@@ -167,8 +167,8 @@ mod tests {
             (["--memory", "0"], "'0'", "1 MiB to 511 GiB"),
             (["--memory", "1K"], "'1K'", "1 MiB to 511 GiB"),
             (["--memory", "1P"], "'1P'", "1 MiB to 511 GiB"),
-            (["--cpus", "0"], "0 is not in 1..=64", ""),
-            (["--cpus", "65"], "65 is not in 1..=64", ""),
+            (["--cpus", "0"], "0 vCPUs", "from 1 to 64"),
+            (["--cpus", "65"], "65 vCPUs", "from 1 to 64"),
             (["--name", "../x"], "'../x'", "begins with"),
             (["--code-cache", "1"], "'1'", "1 MiB to 16 GiB"),
         ] {

@@ -7,6 +7,7 @@ mod boot;
 mod cli;
 mod completions;
 mod console;
+mod cpu;
 mod detach;
 mod disk;
 mod escape;

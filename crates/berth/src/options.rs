@@ -7,10 +7,10 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use berth_cpu::MAX_VCPUS;
 use berth_image::Name;
 use berth_machine::options::{
-    BalloonOptions, ConsoleKind, DeviceOptions, DiskOptions, MemoryOptions, NetOptions, VsockOptions, size,
+    BalloonOptions, ConsoleKind, CpusOptions, DeviceOptions, DiskOptions, MemoryOptions, NetOptions,
+    VsockOptions, size,
 };
 use clap::{Args, ValueEnum};
 use clap_complete::engine::ArgValueCandidates;
@@ -32,10 +32,10 @@ pub struct VmOptions {
     /// What executes the guest [default: auto]
     #[arg(long, value_enum)]
     pub engine: Option<Engine>,
-    /// Number of virtual CPUs, 1 to 64 [default: 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_VCPUS)))]
-    #[serde(deserialize_with = "cpus")]
-    pub cpus: Option<u8>,
+    /// Number of virtual CPUs, 1 to 64 [default: 1]. OPTIONS: the number, then weight=W (100 is usual), limit=L (most host
+    /// CPUs, such as 1.5), pin=LIST (host CPUs, such as 0-1), with commas between
+    #[arg(long, value_name = "OPTIONS")]
+    pub cpus: Option<CpusOptions>,
     /// Memory, such as 512M or 2G [default: 512M]; then reserve=SIZE (stays in memory), limit=SIZE (what is in memory
     /// at most: colder pages are compressed), hugepages=thp|none, with commas between
     #[arg(long, value_name = "SIZE")]
@@ -162,7 +162,7 @@ impl VmOptions {
 
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub fn cpus(&self) -> u8 {
-        self.cpus.unwrap_or(1)
+        self.cpus.as_ref().map_or(1, |cpus| cpus.count)
     }
 
     /// Memory, and how the host keeps it.
@@ -210,14 +210,6 @@ fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<MemoryOpt
 
 fn code_cache<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
     text(deserializer, parse_code_cache)
-}
-
-fn cpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u8>, D::Error> {
-    let number = i64::deserialize(deserializer)?;
-    match u8::try_from(number) {
-        Ok(cpus @ 1..=MAX_VCPUS) => Ok(Some(cpus)),
-        _ => Err(D::Error::custom(format!("from 1 to {MAX_VCPUS} are possible"))),
-    }
 }
 
 /// A value that is written as text, as on the command line.

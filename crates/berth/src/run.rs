@@ -15,7 +15,8 @@ use berth_host::{Cpu, EngineChoice, EngineName};
 use berth_image::{ImageError, VmDisk};
 use berth_machine::options::{DiskOptions, size};
 use berth_machine::{
-    BoardError, EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome, VirtioError,
+    BoardError, CpuTimeError, EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome,
+    VirtioError,
 };
 
 use crate::boot::{self, Boot};
@@ -26,7 +27,7 @@ use crate::options::{Engine, VmOptions};
 use crate::shutdown::Shutdown;
 use crate::terminal::RawTerminal;
 use crate::vm_file::{self, VmFileError};
-use crate::{detach, log, shutdown, terminal, vm_home};
+use crate::{cpu, detach, log, shutdown, terminal, vm_home};
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,9 @@ pub enum RunError {
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Its share of CPU time.
+    #[error(transparent)]
+    CpuTime(#[from] CpuTimeError),
     /// The VM's directory.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -124,8 +128,15 @@ fn run_as(
     let api = arguments.api_socket.clone().or(home.map(VmDirectory::default_api_socket));
     let image = options.image.clone().map(String::from);
     let description = vm_home::description(&config, image, detached, api.clone().unwrap_or_default());
+    if let Some(list) = options.cpus.as_ref().and_then(|cpus| cpus.pin.as_ref()) {
+        // Before there are threads: all of them inherit it.
+        cpu::pin(list).map_err(RunError::host("the host CPUs that the VM may use"))?;
+    }
     let mut machine = Machine::new(config, Box::new(ConsoleWriter::new(console.clone(), output)))?;
     let control = machine.control();
+    if let Some(cpus) = &options.cpus {
+        control.set_cpu_time(Some(cpus.weight), Some(cpus.limit))?;
+    }
     let shutdown = Shutdown::new(control.clone());
     shutdown.watch_signals().map_err(RunError::host("signals"))?;
     let listener = match &api {

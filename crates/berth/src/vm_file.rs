@@ -162,7 +162,7 @@ mod tests {
         let expected = VmOptions {
             name: Some("web".parse().unwrap()),
             engine: Some(Engine::Soft),
-            cpus: Some(4),
+            cpus: Some("4".parse().unwrap()),
             memory: Some(berth_machine::options::MemoryOptions::of_size(2 << 30)),
             image: Some("debian".parse().unwrap()),
             ephemeral: Some(true),
@@ -227,9 +227,9 @@ mod tests {
         for (text, line, said) in [
             ("name = 'a'\nmemory = '1P'\n", 2, "from 1 MiB to 511 GiB are possible"),
             ("memory = 512", 1, "expected a string"),
-            ("\n\ncpus = 65", 3, "from 1 to 64 are possible"),
-            ("cpus = -1", 1, "from 1 to 64 are possible"),
-            ("cpus = '2'", 1, "expected i64"),
+            ("\n\ncpus = 65", 3, "65 is not in 1..=64"),
+            ("cpus = -1", 1, "-1 is not in 1..=64"),
+            ("cpus = '2'", 1, "a number of vCPUs"),
             ("engine = 'warp'", 1, "`auto`, `soft`, `kvm`"),
             ("name = '../x'", 1, "begins with a letter"),
             ("no-reboot = 1", 1, "expected a boolean"),

@@ -18,7 +18,7 @@ fn bad_arguments_exit_with_2_and_name_what_was_bad() {
         (&["run", "--memory", "1K"], "from 1 MiB to"),
         (&["run", "--memory", "1P"], "from 1 MiB to"),
         (&["run", "--memory", "many"], "not a size"),
-        (&["run", "--cpus", "65"], "1..=64"),
+        (&["run", "--cpus", "65"], "from 1 to 64"),
         (&["run", "--cpus", "-1"], "-1"),
         (&["run", "--engine", "warp"], "auto, soft, kvm"),
         (&["run", "--name", "a/b"], "'a/b'"),

@@ -10,8 +10,10 @@ use berth_devices::virtio::net::NetCounters;
 use berth_memory::{Evicted, GuestMemory};
 
 use crate::board::Board;
+use crate::cpu_time::{CpuTime, CpuTimeError};
 use crate::event::{Done, Event};
 use crate::notice::Notices;
+use crate::options::CpuLimit;
 use crate::reclaim::{ReclaimError, Reclaimer};
 use crate::status::{MachineState, Status};
 use crate::virtio::DiskResizeError;
@@ -19,26 +21,16 @@ use crate::virtio::DiskResizeError;
 /// A handle to a machine. Cheap to clone; after the machine's end it does nothing.
 #[derive(Clone)]
 pub struct MachineControl {
-    events: Sender<Event>,
-    board: Arc<Board>,
-    memory: GuestMemory,
-    status: Arc<Status>,
-    reclaimer: Arc<Reclaimer>,
-    physical_bits: u8,
+    pub(crate) events: Sender<Event>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) status: Arc<Status>,
+    pub(crate) reclaimer: Arc<Reclaimer>,
+    pub(crate) physical_bits: u8,
+    pub(crate) cpu_time: Arc<CpuTime>,
 }
 
 impl MachineControl {
-    pub(crate) fn new(
-        events: Sender<Event>,
-        board: Arc<Board>,
-        memory: GuestMemory,
-        status: Arc<Status>,
-        reclaimer: Arc<Reclaimer>,
-        physical_bits: u8,
-    ) -> Self {
-        Self { events, board, memory, status, reclaimer, physical_bits }
-    }
-
     /// The guest's memory: what is in it, and in which state each page is.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
@@ -51,6 +43,20 @@ impl MachineControl {
     /// Bits of guest physical addresses.
     pub fn physical_bits(&self) -> u8 {
         self.physical_bits
+    }
+
+    /// Changes how much CPU time the VM gets: its weight (1 to 10000, 100 is usual), its limit (`Some(None)`: none any
+    /// more), or both. With a limit or another weight than usual the process moves into a control group of its own,
+    /// where it may make one. May take some tenths of a second.
+    ///
+    /// # Errors
+    /// [`CpuTimeError`].
+    pub fn set_cpu_time(
+        &self,
+        weight: Option<u32>,
+        limit: Option<Option<CpuLimit>>,
+    ) -> Result<(), CpuTimeError> {
+        self.cpu_time.set(weight, limit)
     }
 
     /// Where in its life the machine is.

@@ -15,6 +15,7 @@ mod account;
 mod board;
 mod config;
 mod control;
+mod cpu_time;
 #[cfg(test)]
 mod engine_tests;
 mod event;
@@ -36,6 +37,7 @@ pub use berth_devices::virtio::net::NetCounters;
 pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
 pub use control::{BalloonControl, MachineControl};
+pub use cpu_time::CpuTimeError;
 pub use look::LookError;
 pub use machine::{Machine, MachineError};
 pub use notice::{Notice, Notices, Recorded};

@@ -19,6 +19,7 @@ use crate::Outcome;
 use crate::board::{Board, BoardError};
 use crate::config::{BadVcpuCount, EngineKind, MachineConfig};
 use crate::control::MachineControl;
+use crate::cpu_time::{CpuTime, Gate};
 use crate::event::Event;
 use crate::options::HugePages;
 use crate::reclaim::{LimitThread, Reclaimer};
@@ -128,17 +129,21 @@ impl Machine {
         let engine: Arc<dyn Engine> = make(memory.clone(), &config)?.into();
         let board = Arc::new(Board::new(&config, &memory, engine.interrupt_controllers(), power, console)?);
         board.connect_engine(engine.clone());
+        let gate = Arc::new(Gate::default());
         let context = VcpuContext {
             vm_name: config.name.clone(),
+            gate: gate.clone(),
             board: board.clone(),
             memory: memory.clone(),
             events: sender.clone(),
             status: status.clone(),
         };
         let mut vcpus = Vec::new();
+        let mut handles = Vec::new();
         for id in (0..config.vcpus).map(VcpuId) {
             let vcpu = engine.create_vcpu(id, board.local_apic(id))?;
             board.attach(id, vcpu.handle());
+            handles.push(vcpu.handle());
             let thread = VcpuThread::spawn(id, vcpu, context.clone())
                 .map_err(|source| MachineError::Thread { what: format!("vCPU {id}"), source })?;
             vcpus.push(thread);
@@ -164,7 +169,9 @@ impl Machine {
             entry: booted.state,
             status: status.clone(),
         });
-        let control = MachineControl::new(sender, board, memory, status, reclaimer, physical_bits);
+        let cpu_time = Arc::new(CpuTime::new(&config.name, gate, handles));
+        let control =
+            MachineControl { events: sender, board, memory, status, reclaimer, physical_bits, cpu_time };
         Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)), _limit: limit })
     }
 

@@ -7,6 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 
@@ -17,6 +18,7 @@ use tracing::{Level, debug, enabled};
 
 use crate::account::account;
 use crate::board::Board;
+use crate::cpu_time::Gate;
 use crate::event::{Event, Parked};
 use crate::status::Status;
 use berth_devices::thread_name;
@@ -45,6 +47,21 @@ pub struct VcpuThread {
     running: bool,
     /// Who wants to know the vCPU's state, as soon as it is parked.
     looks: Vec<Look>,
+    wanted: Arc<Wanted>,
+}
+
+/// Whether a stop of the vCPU is the supervisor's: otherwise it has only used its CPU time.
+struct Wanted {
+    by_supervisor: AtomicBool,
+    gate: Arc<Gate>,
+}
+
+impl Wanted {
+    /// The supervisor wants the vCPU to park. Comes before the stop.
+    fn set(&self) {
+        self.by_supervisor.store(true, Ordering::SeqCst);
+        self.gate.nudge();
+    }
 }
 
 /// What a vCPU's thread needs besides the vCPU.
@@ -52,6 +69,8 @@ pub struct VcpuThread {
 pub struct VcpuContext {
     /// Name of the VM.
     pub vm_name: String,
+    /// Where the thread waits while the VM has used its CPU time.
+    pub gate: Arc<Gate>,
     /// The devices.
     pub board: Arc<Board>,
     /// Guest memory, to show code in accounts.
@@ -69,11 +88,20 @@ impl VcpuThread {
     /// What the host says when it refuses a thread.
     pub fn spawn(id: VcpuId, vcpu: Box<dyn Vcpu>, context: VcpuContext) -> io::Result<Self> {
         let handle = vcpu.handle();
+        let wanted = Arc::new(Wanted { by_supervisor: AtomicBool::new(false), gate: context.gate.clone() });
+        let of_thread = wanted.clone();
         let (commands, received) = channel();
         let thread = thread::Builder::new()
             .name(thread_name(&context.vm_name, &format!("vcpu{id}")))
-            .spawn(move || serve(id, vcpu, &received, &context))?;
-        Ok(Self { commands: Some(commands), handle, thread: Some(thread), running: false, looks: Vec::new() })
+            .spawn(move || serve(id, vcpu, &received, (&context, &of_thread)))?;
+        Ok(Self {
+            commands: Some(commands),
+            handle,
+            thread: Some(thread),
+            running: false,
+            looks: Vec::new(),
+            wanted,
+        })
     }
 
     /// Runs the vCPU from `state` on. It must not be running.
@@ -100,6 +128,7 @@ impl VcpuThread {
     /// Asks the vCPU to stop, if it runs. It reports [`Event::VcpuParked`].
     pub fn request_stop(&self) {
         if self.running {
+            self.wanted.set();
             self.handle.stop();
         }
     }
@@ -117,6 +146,7 @@ impl VcpuThread {
     pub fn look(&mut self, reply: Look) {
         if self.running {
             self.looks.push(reply);
+            self.wanted.set();
             self.handle.stop();
         } else if let Some(commands) = &self.commands {
             // If the thread is gone it has reported why.
@@ -143,7 +173,12 @@ impl Drop for VcpuThread {
 }
 
 /// The thread.
-fn serve(id: VcpuId, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, context: &VcpuContext) {
+fn serve(
+    id: VcpuId,
+    mut vcpu: Box<dyn Vcpu>,
+    commands: &Receiver<Command>,
+    (context, wanted): (&VcpuContext, &Wanted),
+) {
     context.status.this_thread_is(id);
     while let Ok(command) = commands.recv() {
         let mut report = Report { id, events: &context.events, parked: Parked::Panicked };
@@ -163,7 +198,7 @@ fn serve(id: VcpuId, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, cont
             }
         };
         report.parked = match ready {
-            Ok(()) => run(vcpu.as_mut(), context),
+            Ok(()) => run(vcpu.as_mut(), context, wanted),
             Err(error) => Parked::Failed(format!("it cannot start: {error}")),
         };
     }
@@ -171,8 +206,14 @@ fn serve(id: VcpuId, mut vcpu: Box<dyn Vcpu>, commands: &Receiver<Command>, cont
 
 /// Runs until the vCPU cannot or should not go on. A stop that was asked for while the last run ended by itself is
 /// still pending at the start of this one: the supervisor resumes the vCPU then.
-fn run(vcpu: &mut dyn Vcpu, context: &VcpuContext) -> Parked {
-    let exit = vcpu.run(context.board.bus());
+fn run(vcpu: &mut dyn Vcpu, context: &VcpuContext, wanted: &Wanted) -> Parked {
+    let exit = loop {
+        context.gate.wait(|| wanted.by_supervisor.load(Ordering::SeqCst));
+        match vcpu.run(context.board.bus()) {
+            Exit::Stopped if !wanted.by_supervisor.swap(false, Ordering::SeqCst) => {}
+            exit => break exit,
+        }
+    };
     let (what, detail) = match exit {
         Exit::Stopped => {
             if enabled!(Level::DEBUG) {

@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use berth_api::types::{ApiError, BalloonRequest, DiskSizeRequest, StopRequest};
+use berth_api::types::{ApiError, BalloonRequest, CpuRequest, DiskSizeRequest, StopRequest};
+use berth_machine::options::{CpuLimit, check_weight};
 use berth_machine::{DiskResizeError, MachineControl, MachineState};
 use tokio::sync::oneshot;
+use tokio::task::spawn_blocking;
 
 use crate::error::{Answer, Body, Failure, Path};
 use crate::server::Shared;
@@ -128,6 +130,32 @@ pub async fn set_balloon(
     };
     balloon.set_target(wanted.target_bytes.min(shared.vm.description.memory_bytes));
     Ok(StatusCode::ACCEPTED)
+}
+
+/// Changes how much CPU time the VM gets, while it runs
+#[utoipa::path(put, path = "/cpu", tag = "control", request_body = CpuRequest, responses(
+    (status = 204, description = "It is so from now on."),
+    (status = 400, body = ApiError, description = "The body is no JSON."),
+    (status = 409, body = ApiError, description = "The host does not let it, or the VM has ended."),
+    (status = 415, body = ApiError, description = "The body is said to be no JSON."),
+    (status = 422, body = ApiError, description = "The body makes no sense."),
+))]
+pub async fn set_cpu(
+    State(shared): State<Arc<Shared>>,
+    Body(wanted): Body<CpuRequest>,
+) -> Answer<StatusCode> {
+    alive(&shared)?;
+    let no_sense = |e: berth_machine::options::OptionError| Failure::unprocessable(e.to_string());
+    let weight = wanted.weight.map(check_weight).transpose().map_err(no_sense)?;
+    let limit = match wanted.limit {
+        Some(0.0) => Some(None),
+        limit => limit.map(CpuLimit::try_from).transpose().map_err(no_sense)?.map(Some),
+    };
+    let control = shared.vm.control.clone();
+    let set =
+        spawn_blocking(move || control.set_cpu_time(weight, limit)).await.map_err(|_| Failure::ended())?;
+    set.map_err(|e| Failure::not_possible(e.to_string()))?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Makes a disk larger while the guest runs

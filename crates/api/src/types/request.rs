@@ -43,6 +43,19 @@ pub struct DiskSizeRequest {
     pub size_bytes: u64,
 }
 
+/// Body of `PUT /cpu`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuRequest {
+    /// How much CPU time compared with other VMs when there is not enough for all; 100 is usual. Without it the weight
+    /// stays.
+    #[schema(minimum = 1, maximum = 10000)]
+    pub weight: Option<u32>,
+    /// Most CPU time, in host CPUs, of all threads of the VM together; 0: as much as there is. Without it the limit stays.
+    #[schema(minimum = 0, maximum = 4096)]
+    pub limit: Option<f64>,
+}
+
 /// Body of `PUT /console/size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

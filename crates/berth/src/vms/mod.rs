@@ -4,6 +4,7 @@ mod console;
 mod list;
 mod logs;
 mod look;
+mod set;
 mod show;
 mod steer;
 
@@ -42,6 +43,8 @@ pub enum VmCommand {
     Rm(steer::RmArguments),
     /// Print all that is known of VMs, as JSON
     Inspect(Names),
+    /// Change what a VM gets while it runs: its share of CPU time
+    Set(set::SetArguments),
     /// Explain where an address of a guest leads: page tables, guest memory, host memory, machine frame
     Explain(look::ExplainArguments),
     /// Draw guest physical memory by page state
@@ -136,6 +139,7 @@ pub fn run(command: &VmCommand) -> Result<ExitCode, VmsError> {
         VmCommand::Wait(name) => steer::wait(&name.name),
         VmCommand::Rm(arguments) => steer::rm(arguments),
         VmCommand::Inspect(names) => show::inspect(&names.names),
+        VmCommand::Set(arguments) => set::set(arguments),
         VmCommand::Explain(arguments) => look::explain(arguments),
         VmCommand::Map(arguments) => look::map(arguments),
         VmCommand::Stats(arguments) => show::stats(arguments),

@@ -3,6 +3,7 @@
 //! Each type is read by serde in both cases, so that both know the same keys and refuse the same mistakes. Call
 //! [`DeviceOptions::check`] on what came from a file: what a single key cannot show is found there.
 
+mod cpus;
 mod disk;
 mod memory;
 mod net;
@@ -14,6 +15,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use cpus::{CpuLimit, CpuList, CpusOptions, check_weight};
 pub use disk::DiskOptions;
 pub use memory::{HugePages, MemoryOptions};
 pub use net::{Forward, MacAddress, NetBackend, NetOptions, Protocol};
