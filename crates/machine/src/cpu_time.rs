@@ -146,6 +146,11 @@ impl CpuTime {
         Ok(())
     }
 
+    /// Gives back what was made for it: the process leaves its group, and the governor ends.
+    pub fn release(&self) {
+        *self.means.lock() = Means::None;
+    }
+
     fn govern(&self, limit: CpuLimit) -> Result<Governor, CpuTimeError> {
         Governor::start(&self.vm_name, limit.cpus(), self.gate.clone(), self.vcpus.clone())
             .map_err(CpuTimeError::Thread)

@@ -214,6 +214,7 @@ impl Machine {
             }),
             Life::Ended(outcome) => outcome,
         };
+        self.control.cpu_time.release();
         self.life = Life::Ended(outcome.clone());
         outcome
     }
