@@ -15,8 +15,11 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
     let init = here.join("../../guest/init");
     println!("cargo::rerun-if-changed=build.rs");
-    for part in ["src", "Cargo.toml"] {
-        println!("cargo::rerun-if-changed={}", init.join(part).display());
+    // It is the agent too.
+    for package in [&init, &here.join("../../guest/agent"), &here.join("../agent-protocol")] {
+        for part in ["src", "Cargo.toml"] {
+            println!("cargo::rerun-if-changed={}", package.join(part).display());
+        }
     }
     let program = build(&init, &out.join("guest")).unwrap_or_else(|reason| {
         for line in reason.lines() {

@@ -6,6 +6,9 @@
 //!        power button (ACPI event), poweroff, end of the shell ───────┴─► shutdown
 //! ```
 //!
+//! Called `berth-agent`, the same file is the guest's agent (`guest/agent`): a guest that has vsock runs both, and keeps one
+//! file in memory. Images of Debian get the file as their agent only.
+//!
 //! It is one static program without threads. What it does not need at the prompt (the power button's driver)
 //! it loads after the shell was started, so that the prompt comes early.
 //!
@@ -13,6 +16,7 @@
 //! `berth.winsize=COLUMNSxROWS` size of the user's terminal.
 
 mod acpi_event;
+mod agent;
 mod cmdline;
 mod console;
 mod filesystem;
@@ -27,6 +31,10 @@ use console::Console;
 use power::Action;
 
 fn main() {
+    if agent::is_called() {
+        let _ = berth_guest_agent::run().inspect_err(|e| complain(&format!("the agent cannot go on: {e}")));
+        std::process::exit(1);
+    }
     if std::process::id() != 1 {
         eprintln!(
             "This is the init program of a Berth guest: it only runs as process 1 of a virtual machine."
@@ -56,6 +64,8 @@ fn run() -> std::io::Result<Action> {
     console.set_size(cmdline.window);
     say(&filesystem::summary());
     let child = console.spawn(cmdline.command.as_deref())?;
+    let mut agent = agent::Agent::default();
+    agent.start();
 
     // In this order: from the moment that the button works there is someone who listens.
     let acpi =
@@ -70,7 +80,12 @@ fn run() -> std::io::Result<Action> {
         if let Some(action) = signals.requested_action() {
             return Ok(action);
         }
-        if let Some(status) = power::reap(child) {
+        let mut ended = None;
+        power::reap(|pid, status| {
+            ended = ended.or((pid == child).then_some(status));
+            agent.process_ended(pid);
+        });
+        if let Some(status) = ended {
             if cmdline.command.is_some() {
                 say(&format!("Berth guest: exit status {status}"));
             }

@@ -15,20 +15,17 @@ pub enum Action {
     Reboot,
 }
 
-/// Collects processes that ended: our own and those whose parents did. Says how `child` ended, if it did, as a
-/// shell does: its exit status, or 128 plus the number of the signal.
-pub fn reap(child: libc::pid_t) -> Option<i32> {
-    let mut found = None;
+/// Collects processes that ended: our own and those whose parents did. Tells `ended` of each, with its exit status as a
+/// shell has it, or 128 plus the number of the signal.
+pub fn reap(mut ended: impl FnMut(libc::pid_t, i32)) {
     loop {
         let mut status = 0;
         // SAFETY: the pointer is to a live integer.
         let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
         if pid <= 0 {
-            return found;
+            return;
         }
-        if pid == child {
-            found = Some(exit_status(status));
-        }
+        ended(pid, exit_status(status));
     }
 }
 
