@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::env::Shells;
 
 use crate::disk::DiskCommand;
+use crate::exec::ExecArguments;
 use crate::image::ImageCommand;
 use crate::options::VmOptions;
 use crate::vms::VmCommand;
@@ -34,6 +35,8 @@ pub enum Command {
         #[command(subcommand)]
         command: DiskCommand,
     },
+    /// Run a command in a VM's guest
+    Exec(Box<ExecArguments>),
     /// Say what this host offers and which engine `--engine auto` takes
     Host {
         /// As JSON, for programs

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use crate::escape::{EscapeFilter, Key};
@@ -46,18 +46,13 @@ pub fn forward_input(keys: Option<EscapeFilter>, guest: &mut impl Guest) -> io::
         if !read {
             continue;
         }
-        // SAFETY: pointer and length are those of one live buffer.
-        let n = unsafe { libc::read(libc::STDIN_FILENO, buffer.as_mut_ptr().cast(), buffer.len()) };
-        let input = match usize::try_from(n) {
+        let n = match read_input(&mut buffer) {
             Ok(0) => break,
-            Ok(n) => buffer.get(..n).unwrap_or_default(),
-            Err(_) => match io::Error::last_os_error() {
-                e if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => continue,
-                // A terminal whose other end is gone says so.
-                e if e.raw_os_error() == Some(libc::EIO) => break,
-                e => return Err(e),
-            },
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(e) => return Err(e),
         };
+        let input = buffer.get(..n).unwrap_or_default();
         match &mut filter {
             Some(filter) => {
                 for key in filter.feed(input, &mut waiting) {
@@ -76,6 +71,42 @@ pub fn forward_input(keys: Option<EscapeFilter>, guest: &mut impl Guest) -> io::
         }
     }
     Ok(())
+}
+
+/// Reads standard input, without a buffer of the standard library's; 0 at its end.
+///
+/// # Errors
+/// What the host says: [`io::ErrorKind::WouldBlock`] where another program that shares it made it non-blocking.
+pub fn read_input(buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // SAFETY: pointer and length are those of one live buffer.
+        let n = unsafe { libc::read(libc::STDIN_FILENO, buffer.as_mut_ptr().cast(), buffer.len()) };
+        if let Ok(n) = usize::try_from(n) {
+            return Ok(n);
+        }
+        match io::Error::last_os_error() {
+            e if e.kind() == io::ErrorKind::Interrupted => {}
+            // A terminal whose other end is gone says so.
+            e if e.raw_os_error() == Some(libc::EIO) => return Ok(0),
+            e => return Err(e),
+        }
+    }
+}
+
+/// Waits until a descriptor that does not block takes output.
+///
+/// # Errors
+/// What the host says.
+pub fn wait_for_output(fd: BorrowedFd<'_>) -> io::Result<()> {
+    poll(fd.as_raw_fd(), libc::POLLOUT, None).map(|_| ())
+}
+
+/// Waits for standard input that does not block.
+///
+/// # Errors
+/// What the host says.
+pub fn wait_for_input() -> io::Result<()> {
+    poll(libc::STDIN_FILENO, libc::POLLIN, None).map(|_| ())
 }
 
 /// Standard output without a buffer, for what the guest prints. When its reader is gone the guest goes on.

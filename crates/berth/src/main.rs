@@ -11,6 +11,7 @@ mod cpu;
 mod detach;
 mod disk;
 mod escape;
+mod exec;
 mod host_report;
 mod image;
 mod log;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
             log::message(&format!("error: {e}"));
             ExitCode::FAILURE
         }),
+        Command::Exec(arguments) => exec::exec(*arguments),
         Command::Host { json } => print(&host_report::report(json)),
         Command::Image(command) => match image::image(command) {
             Ok(text) => print(&text),

@@ -37,5 +37,7 @@ pub const NAME: &str = "berth-agent";
 /// # Errors
 /// What the kernel says; that of a guest without vsock is `EAFNOSUPPORT`.
 pub fn run() -> io::Result<()> {
+    // The name that `ps` shows, however it was started. Without it the agent serves as well.
+    let _ = std::fs::write("/proc/self/comm", NAME);
     Server::new(Listener::vsock()?).serve()
 }
