@@ -10,6 +10,7 @@ use crate::disk::DiskCommand;
 use crate::exec::ExecArguments;
 use crate::image::ImageCommand;
 use crate::options::VmOptions;
+use crate::top::TopArguments;
 use crate::vms::VmCommand;
 
 /// Runs virtual machines on any x86-64 Linux host.
@@ -48,6 +49,8 @@ pub enum Command {
     Image(ImageCommand),
     #[command(flatten)]
     Vms(VmCommand),
+    /// Show what all VMs do, live
+    Top(TopArguments),
     /// Print what makes a shell complete `berth`, for its start-up file
     Completions {
         /// The shell

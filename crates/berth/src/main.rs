@@ -20,6 +20,7 @@ mod residence;
 mod run;
 mod shutdown;
 mod terminal;
+mod top;
 mod vm_file;
 mod vm_home;
 mod vms;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
             Err(e) => failure(&e),
         },
         Command::Vms(command) => vms::run(&command).unwrap_or_else(|e| failure(&e)),
+        Command::Top(arguments) => top::top(&arguments),
         Command::Completions { shell } => print(&completions::script(&shell)),
     }
 }

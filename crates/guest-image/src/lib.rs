@@ -32,6 +32,12 @@ pub const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet mitigations=off";
 /// The guest's init program; empty if it could not be built ([`GuestImageError::NoInit`]).
 const INIT: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest-init"));
 
+/// The guest's agent for images, a static program that is to be called `berth-agent`; `None` if this Berth was built
+/// without it. It is the default guest's init program, which is both.
+pub fn agent() -> Option<&'static [u8]> {
+    (!INIT.is_empty()).then_some(INIT)
+}
+
 /// What a VM needs to start the default guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DefaultGuest {

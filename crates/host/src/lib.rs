@@ -6,6 +6,7 @@
 //!
 //! [`CpuGroup`] is the one thing here that changes something.
 
+mod activity;
 mod cgroup;
 mod cpu;
 mod cpu_group;
@@ -20,6 +21,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+pub use activity::{CpuTimes, Load};
 pub use cgroup::{Cgroup, CgroupVersion};
 pub use cpu::{Cpu, Tsc};
 pub use cpu_group::{CpuGroup, CpuGroupError, DEFAULT_WEIGHT};

@@ -7,7 +7,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_agent_protocol::{Decoder, Frame, FrameError, FromGuest, PORT, VERSION, agree, hello};
+use berth_api::types::VmState;
 use berth_guest_image::progress::Progress;
+use berth_image::Name;
+
+use crate::vms::{LiveVm, VmsError};
 
 /// Pause before it is tried again whether an agent listens.
 const TRY_AGAIN: Duration = Duration::from_millis(100);
@@ -21,9 +25,24 @@ const MAX_ANSWER: usize = 32;
 /// Why there is no way to the agent. One line for people.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// It is not known where the VM's socket is.
-    #[error("name the socket of VM {name}'s vsock device with --vsock: the path that it was started with")]
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmsError),
+    /// The VM cannot have an agent.
+    #[error("VM {name} has no vsock device, through which its agent would be reached")]
     NoSocket {
+        /// The VM.
+        name: String,
+    },
+    /// The VM stands still.
+    #[error("VM {name} is paused: `berth resume {name}` lets it go on")]
+    Paused {
+        /// The VM.
+        name: String,
+    },
+    /// The VM has ended meanwhile.
+    #[error("VM {name} ended while its agent was waited for")]
+    Ended {
         /// The VM.
         name: String,
     },
@@ -91,17 +110,42 @@ enum Attempt {
 pub struct Target {
     name: String,
     socket: PathBuf,
+    /// None if only its socket is known.
+    vm: Option<LiveVm>,
 }
 
 impl Target {
-    /// The VM `name`; its vsock socket is where it says.
+    /// The VM `name`; its vsock socket is where it says, or at `socket`.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub fn new(name: &str, socket: Option<&Path>) -> Result<Self, ConnectError> {
-        let socket = socket.map(Path::to_owned);
-        let socket = socket.ok_or_else(|| ConnectError::NoSocket { name: name.to_owned() })?;
-        Ok(Self { name: name.to_owned(), socket })
+    pub fn new(name: &Name, socket: Option<&Path>) -> Result<Self, ConnectError> {
+        let name_text = name.as_str().to_owned();
+        if let Some(socket) = socket {
+            return Ok(Self { name: name_text, socket: socket.to_owned(), vm: None });
+        }
+        let vm = LiveVm::find(name)?;
+        let socket = match vm.directory().description() {
+            Some(description) => description.vsock.map(|vsock| vsock.path),
+            // It has only begun.
+            None => Some(vm.directory().default_vsock()),
+        };
+        let socket = socket.ok_or_else(|| ConnectError::NoSocket { name: name_text.clone() })?;
+        Ok(Self { name: name_text, socket, vm: Some(vm) })
+    }
+
+    /// Whether it is worth while to wait for the VM.
+    fn look_at_vm(&self) -> Result<(), ConnectError> {
+        let Some(vm) = &self.vm else { return Ok(()) };
+        let name = || self.name.clone();
+        if !vm.directory().is_alive() {
+            return Err(ConnectError::Ended { name: name() });
+        }
+        match vm.client().vm() {
+            Ok(info) if info.state == VmState::Paused => Err(ConnectError::Paused { name: name() }),
+            // One that does not answer may have only begun.
+            _ => Ok(()),
+        }
     }
 
     /// Connects and greets; waits for a guest that is not that far. Says after a second that it waits.
@@ -109,7 +153,7 @@ impl Target {
     /// # Errors
     /// [`ConnectError`].
     pub fn connect(&self, timeout: Duration) -> Result<Link, ConnectError> {
-        let mut wait = Wait::new(timeout.max(LEAST));
+        let mut wait = Wait::new(self, timeout.max(LEAST));
         loop {
             let is_last = wait.is_over() || timeout.is_zero();
             match self.attempt(&mut wait)? {
@@ -122,24 +166,28 @@ impl Target {
                     let seconds = timeout.as_secs();
                     return Err(ConnectError::NoAgent { name: self.name.clone(), seconds });
                 }
-                Attempt::Refused => {
-                    wait.pause();
-                }
+                Attempt::Refused => wait.pause()?,
             }
         }
     }
 
-    fn attempt(&self, wait: &mut Wait) -> Result<Attempt, ConnectError> {
-        let broken =
-            |source| ConnectError::Socket { name: self.name.clone(), socket: self.socket.clone(), source };
-        let mut stream = UnixStream::connect(&self.socket).map_err(broken)?;
+    fn attempt(&self, wait: &mut Wait<'_>) -> Result<Attempt, ConnectError> {
+        let mut stream = match UnixStream::connect(&self.socket) {
+            Ok(stream) => stream,
+            // A VM that lives makes its socket soon.
+            Err(e) if e.kind() == ErrorKind::NotFound && self.vm.is_some() => return Ok(Attempt::Refused),
+            Err(source) => {
+                let (name, socket) = (self.name.clone(), self.socket.clone());
+                return Err(ConnectError::Socket { name, socket, source });
+            }
+        };
         if stream.write_all(format!("CONNECT {PORT}\n").as_bytes()).is_err() {
             return Ok(Attempt::Refused);
         }
         let mut answer = Vec::new();
         while answer.last() != Some(&b'\n') {
             let mut byte = [0];
-            match wait.read(&stream, &mut byte).map_err(broken)? {
+            match wait.read(&stream, &mut byte)? {
                 None => return Ok(Attempt::Silent),
                 Some(0) => return Ok(Attempt::Refused),
                 Some(_) if answer.len() < MAX_ANSWER => answer.push(byte[0]),
@@ -152,7 +200,7 @@ impl Target {
         self.greet(stream, wait)
     }
 
-    fn greet(&self, mut stream: UnixStream, wait: &mut Wait) -> Result<Attempt, ConnectError> {
+    fn greet(&self, mut stream: UnixStream, wait: &mut Wait<'_>) -> Result<Attempt, ConnectError> {
         let mut decoder = Decoder::default();
         if stream.write_all(&hello(VERSION)).is_err() {
             return Ok(Attempt::Refused);
@@ -169,7 +217,7 @@ impl Target {
                 None => {}
             }
             let mut buffer = [0; 256];
-            match wait.read(&stream, &mut buffer).map_err(|e| self.stranger(&e.to_string()))? {
+            match wait.read(&stream, &mut buffer)? {
                 None => return Ok(Attempt::Silent),
                 Some(0) => return Ok(Attempt::Refused),
                 Some(n) => decoder.feed(buffer.get(..n).unwrap_or_default()),
@@ -183,51 +231,58 @@ impl Target {
 }
 
 /// Waiting, which shows after a second.
-struct Wait {
+struct Wait<'a> {
+    target: &'a Target,
     deadline: Instant,
-    /// When it is to be said.
-    speak: Instant,
+    /// When it is looked again at the VM.
+    look: Instant,
     progress: Option<Progress>,
 }
 
-impl Wait {
-    fn new(timeout: Duration) -> Self {
+impl<'a> Wait<'a> {
+    fn new(target: &'a Target, timeout: Duration) -> Self {
         let now = Instant::now();
-        Self { deadline: now + timeout, speak: now + SILENCE, progress: None }
+        Self { target, deadline: now + timeout, look: now + SILENCE, progress: None }
     }
 
     fn is_over(&self) -> bool {
         Instant::now() >= self.deadline
     }
 
-    fn pause(&mut self) {
+    fn pause(&mut self) -> Result<(), ConnectError> {
         thread::sleep(TRY_AGAIN.min(self.deadline.saturating_duration_since(Instant::now())));
-        self.look_at_the_clock();
+        self.look_at_the_clock()
     }
 
-    fn look_at_the_clock(&mut self) {
-        if self.progress.is_none() && Instant::now() >= self.speak {
+    fn look_at_the_clock(&mut self) -> Result<(), ConnectError> {
+        if Instant::now() < self.look {
+            return Ok(());
+        }
+        self.look = Instant::now() + SILENCE;
+        self.target.look_at_vm()?;
+        if self.progress.is_none() {
             let progress = Progress::default();
             progress.step("waiting for the guest's agent");
             self.progress = Some(progress);
         }
+        Ok(())
     }
 
     /// Reads; `None` when time is over. 0 is the end of the stream, however it came.
-    fn read(&mut self, mut stream: &UnixStream, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    fn read(&mut self, mut stream: &UnixStream, buffer: &mut [u8]) -> Result<Option<usize>, ConnectError> {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
-            stream.set_read_timeout(Some(left.min(SILENCE)))?;
-            match stream.read(buffer) {
+            let read = stream.set_read_timeout(Some(left.min(SILENCE))).and_then(|()| stream.read(buffer));
+            match read {
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    self.look_at_the_clock();
+                    self.look_at_the_clock()?;
                 }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::ConnectionReset => return Ok(Some(0)),
-                Err(e) => return Err(e),
+                // However it ended.
+                Err(_) => return Ok(Some(0)),
                 Ok(n) => return Ok(Some(n)),
             }
         }

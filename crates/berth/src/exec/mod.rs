@@ -19,10 +19,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use berth_agent_protocol::{Exec, FailureKind, WindowSize};
+use berth_image::Name;
 use clap::Args;
+use clap_complete::engine::ArgValueCandidates;
 
 use crate::log;
 use crate::terminal;
+use crate::vms::live_names;
 
 /// Exit code for a failure of Berth's own, which the command's cannot be told from otherwise.
 const FAILURE: u8 = 125;
@@ -46,8 +49,8 @@ Exit code: the command's; 128 and the signal's number if a signal ended it; 125 
 command cannot be run, 127 when there is no such command, 2 for bad arguments.")]
 pub struct ExecArguments {
     /// Name of the VM
-    #[arg(value_name = "NAME")]
-    pub name: String,
+    #[arg(value_name = "NAME", add = ArgValueCandidates::new(live_names))]
+    pub name: Name,
     /// Pass standard input on to the command
     #[arg(short, long)]
     pub interactive: bool,
@@ -66,7 +69,7 @@ pub struct ExecArguments {
     /// How long a guest that boots is waited for, in seconds; 0 tries once
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub timeout: u32,
-    /// Socket of the VM's vsock device
+    /// Socket of a vsock device, instead of that of the VM's directory
     #[arg(long, value_name = "PATH")]
     pub vsock: Option<PathBuf>,
     /// The command and its arguments
@@ -200,7 +203,7 @@ mod tests {
             &["web", "-it", "--", "ls", "-l", "--", "-t"],
         ] {
             let a = parse(words).unwrap();
-            assert!(a.name == "web" && a.interactive && a.tty, "{words:?}");
+            assert!(a.name.as_str() == "web" && a.interactive && a.tty, "{words:?}");
             assert_eq!(a.command, ["ls", "-l", "--", "-t"], "{words:?}");
         }
         assert!(parse(&["web"]).unwrap_err().contains("<COMMAND>"));

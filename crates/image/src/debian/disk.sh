@@ -24,6 +24,26 @@ ff02::1 ip6-allnodes
 ff02::2 ip6-allrouters
 EOF
 
+# The host runs commands through the agent (`berth exec`), in VMs that have vsock: there this device appears.
+if [ -f "$root/usr/sbin/berth-agent" ]; then
+    chown 0:0 "$root/usr/sbin/berth-agent"
+    chmod 0755 "$root/usr/sbin/berth-agent"
+    cat >"$root/etc/systemd/system/berth-agent.service" <<EOF
+[Unit]
+Description=Agent of Berth, which runs commands for the host
+
+[Service]
+ExecStart=/usr/sbin/berth-agent
+Restart=on-failure
+RestartSec=1
+# What it runs is not ended with it.
+KillMode=process
+EOF
+    cat >"$root/etc/udev/rules.d/80-berth-agent.rules" <<EOF
+SUBSYSTEM=="misc", KERNEL=="vsock", TAG+="systemd", ENV{SYSTEMD_WANTS}+="berth-agent.service"
+EOF
+fi
+
 # Every network interface asks for an address.
 cat >"$root/etc/systemd/network/80-dhcp.network" <<EOF
 [Match]

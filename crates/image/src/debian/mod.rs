@@ -12,7 +12,7 @@ mod output;
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use berth_guest_image::progress::Progress;
@@ -42,6 +42,8 @@ const PACKAGES: [&str; 14] = [
     "less",
     "e2fsprogs",
 ];
+/// Where the agent is in the guest; `disk.sh` knows it too.
+const AGENT: &str = "/usr/sbin/berth-agent";
 /// What mmdebstrap runs before and after it installs [`PACKAGES`]; the second makes the disk.
 const SCRIPTS: [&str; 2] = [include_str!("before.sh"), include_str!("disk.sh")];
 /// Features that older guests' e2fsck does not know, and the e2fsprogs since which they are a default.
@@ -153,12 +155,14 @@ fn build(
     let [before, after] = SCRIPTS;
     // Neither value has a character that a shell minds.
     let after = format!("set -- \"$1\" '{name}' '{}'\n{after}", mke2fs_options().join(" "));
+    let agent = Agent::beside(&disk)?;
     let mut command = Command::new("mmdebstrap");
     let packages = PACKAGES.into_iter().chain(options.packages.iter().map(String::as_str));
     command
         .args(["--verbose", "--variant=minbase", "--format=null", &format!("--mode={}", mode.name())])
         .arg(format!("--include={}", packages.collect::<Vec<_>>().join(",")))
         .arg(format!("--essential-hook={before}"))
+        .args(agent.iter().map(Agent::hook))
         .arg(format!("--customize-hook={after}"))
         .args(["--aptopt=Acquire::Retries \"3\"", "--", &options.suite, "-"])
         .args(&options.mirror)
@@ -181,6 +185,33 @@ fn build(
         kernel: found.kernel,
         initrd: found.initrd,
     })
+}
+
+/// The guest's agent as a file, for as long as mmdebstrap needs it.
+struct Agent(PathBuf);
+
+impl Agent {
+    /// Beside the file `disk`; none if this Berth has none.
+    fn beside(disk: &Path) -> Result<Option<Self>, ImageError> {
+        let Some(program) = berth_guest_image::agent() else { return Ok(None) };
+        let path = disk.with_file_name("agent");
+        fs::write(&path, program).map_err(ImageError::file("write", &path))?;
+        Ok(Some(Self(path)))
+    }
+
+    /// What makes mmdebstrap copy it into the guest, out of a directory that the users in its name space cannot enter.
+    fn hook(&self) -> String {
+        // It takes words apart as a shell does.
+        let path = self.0.display().to_string().replace('\'', r"'\''");
+        format!("--customize-hook=upload '{path}' {AGENT}")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // What stays goes with the draft, or is a file that nobody reads.
+        let _ = fs::remove_file(&self.0);
+    }
 }
 
 /// An empty file of `size` bytes, opened for the builder.
@@ -230,6 +261,13 @@ mod tests {
     fn a_range_of_user_ids_belongs_to_its_user() {
         let table = "root:100000:65536\nann:165536:65536\n";
         assert!(has_range(table, "ann") && !has_range(table, "an") && !has_range("", "ann"));
+    }
+
+    #[test]
+    fn the_agents_path_may_hold_anything() {
+        let hook = Agent("/no such/it's".into()).hook();
+        assert_eq!(hook, r"--customize-hook=upload '/no such/it'\''s' /usr/sbin/berth-agent");
+        assert!(SCRIPTS[1].contains(AGENT));
     }
 
     #[test]
