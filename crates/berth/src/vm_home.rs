@@ -86,9 +86,9 @@ pub fn description(
     api: PathBuf,
 ) -> VmDescription {
     let devices = &config.devices;
-    let text = |path: &Path| path.display().to_string();
+    let text = |path: &Path| absolute(path).display().to_string();
     let disk = |(index, disk): (usize, &options::DiskOptions)| DiskInfo {
-        id: disk.id.clone().unwrap_or_else(|| format!("disk{index}")),
+        id: disk.id_at(index),
         path: text(&disk.path),
         read_only: disk.ro,
     };
@@ -130,11 +130,7 @@ fn net((index, net): (usize, &NetOptions)) -> NetInfo {
         // Such a machine is not made.
         Err(_) => (String::new(), &[][..]),
     };
-    NetInfo {
-        id: net.id.clone().unwrap_or_else(|| format!("net{index}")),
-        backend,
-        forwards: forwards.iter().map(ToString::to_string).collect(),
-    }
+    NetInfo { id: net.id_at(index), backend, forwards: forwards.iter().map(ToString::to_string).collect() }
 }
 
 /// Seconds since 1970.

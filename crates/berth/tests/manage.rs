@@ -260,3 +260,75 @@ fn names_complete() {
         assert_eq!(String::from_utf8(asked.stdout).unwrap().trim(), "complete-me", "{command}");
     }
 }
+
+#[test]
+fn a_hundred_vms_come_and_go() {
+    let user = User::new();
+    let names: Vec<String> = (0..100).map(|i| format!("vm{i:02}")).collect();
+    for name in &names {
+        user.start(name, SLEEPS);
+    }
+    let listed = user.json(&["ps", "--json"]);
+    let running: Vec<&str> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|vm| {
+            vm["state"] == "running" && vm["stats"]["vcpus"].as_array().is_some_and(|v| v.len() == 1)
+        })
+        .map(|vm| vm["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(running, names);
+    let pids: Vec<u64> = listed.as_array().unwrap().iter().map(|vm| vm["pid"].as_u64().unwrap()).collect();
+    assert!(user.ok(&["ps"]).contains("100 VMs; vCPUs : host CPUs = 100 : "));
+    let all: Vec<&str> = ["kill"].into_iter().chain(names.iter().map(String::as_str)).collect();
+    user.ok(&all);
+    user.assert_clean();
+    let left: Vec<&u64> = pids.iter().filter(|pid| is_berth(**pid)).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Whether this process number is that of a Berth of this test, and not of somebody who has got it since.
+fn is_berth(pid: u64) -> bool {
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&command).contains("--background")
+}
+
+#[test]
+fn another_user_is_turned_away_even_where_the_socket_is_open() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    const NOBODY: u32 = 65_534;
+    // SAFETY: it takes nothing and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("skipped: only root can be somebody else");
+        return;
+    }
+    let user = User::new();
+    let open = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open(user.directory.path(), 0o755);
+    let socket = user.directory.path().join("api.sock");
+    let kernel = kernel(&user.directory, SLEEPS);
+    let start = ["run", "-d", "--engine", "soft", "--memory", "16M", "--name", "mine", "--api-socket"];
+    user.ok(&[&start[..], &[socket.to_str().unwrap(), "--kernel", kernel.to_str().unwrap()]].concat());
+    open(&socket, 0o666);
+    let ask = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); \
+        s.sendall(b'GET /vm HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n'); print(s.recv(4096).decode())";
+    let asked = |uid| {
+        let mut python = Command::new("python3");
+        python.args(["-c", ask]).arg(&socket).uid(uid).gid(uid).current_dir("/");
+        python.output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    match asked(NOBODY) {
+        Ok(answer) => {
+            assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains("\"forbidden\""), "{answer}");
+            assert!(asked(0).unwrap().starts_with("HTTP/1.1 200 "));
+        }
+        Err(e) => println!("skipped: python3 does not start: {e}"),
+    }
+    user.ok(&["kill", "mine"]);
+    assert!(!socket.exists());
+    user.assert_clean();
+}

@@ -35,6 +35,7 @@ pub mod irqchip;
 pub mod pci;
 pub mod pit;
 pub mod power;
+pub mod pvpanic;
 pub mod serial;
 mod thread_name;
 pub mod timer;

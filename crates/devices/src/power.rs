@@ -1,8 +1,8 @@
-//! What the guest asks of the machine as a whole.
+//! What the guest asks of the machine as a whole, or tells of itself.
 
 use std::sync::Arc;
 
-/// A request that ends or restarts the VM.
+/// A request that ends or restarts the VM, or news of its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
     /// ACPI soft off (S5).
@@ -11,6 +11,11 @@ pub enum PowerEvent {
     Reset,
     /// The debug-exit port was written; the process is to end with this code.
     DebugExit(u8),
+    /// The guest's kernel has panicked. The machine goes on: what follows is for the guest to do.
+    GuestPanic {
+        /// Another kernel in it writes a dump.
+        crash_loaded: bool,
+    },
 }
 
 /// Where devices send [`PowerEvent`]s. Called on the vCPU's thread that made the access, with the lock of no

@@ -11,9 +11,10 @@ use crate::decompress::Format;
 
 /// Modules for the devices that a VM of Berth may have. What they depend on comes by itself; what is missing
 /// is built into the kernel.
-pub const WANTED: [&str; 11] = [
+pub const WANTED: [&str; 12] = [
     "af_packet",
     "button",
+    "pvpanic_mmio",
     "virtio_balloon",
     "virtio_blk",
     "virtio_console",

@@ -19,8 +19,10 @@ use berth_devices::irqchip::{ChipsError, InterruptChips};
 use berth_devices::pci::PciRoot;
 use berth_devices::pit::Pit;
 use berth_devices::power::PowerSink;
+use berth_devices::pvpanic::Pvpanic;
 use berth_devices::serial::Serial;
 use berth_devices::timer::{TimerError, Timers, TscClock, read_tsc, tsc_hz};
+use berth_devices::virtio::block::BlockError;
 use berth_devices::virtio::console::Output;
 use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, StoodStill, VcpuHandle};
 use berth_memory::layout::{HIGH_RAM_START, ports};
@@ -28,6 +30,8 @@ use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::Mutex;
 
 use crate::config::MachineConfig;
+use crate::notice::Notice;
+use crate::status::Status;
 use crate::virtio::{VirtioDevices, VirtioError};
 
 /// ISA interrupt of the PIT.
@@ -122,6 +126,7 @@ impl Board {
         acpi_pm.register(&mut bus)?;
         let pci = PciRoot::new(power.clone());
         pci.register(&mut bus)?;
+        bus.register_ports(ports::PANIC, 1, "panic", Arc::new(Pvpanic::new(power.clone())))?;
         let virtio = VirtioDevices::new(config, memory, &interrupts, &pci, &output)?;
         if config.debug_exit {
             bus.register_ports(ports::DEBUG_EXIT, 1, "debug exit", Arc::new(DebugExit::new(power)))?;
@@ -160,6 +165,18 @@ impl Board {
     /// Disks, network and the like.
     pub fn virtio(&self) -> &VirtioDevices {
         &self.virtio
+    }
+
+    /// Records in `status` what happens to devices.
+    pub fn report_to(&self, status: &Arc<Status>) {
+        let to = status.clone();
+        self.virtio.on_disk_error(move |id, error| {
+            to.notices().add(Notice::IoError { device: id.to_owned(), message: describe(&error) });
+        });
+        if let Some(balloon) = self.virtio.balloon() {
+            let to = status.clone();
+            balloon.on_change(move |target, actual| to.notices().add(Notice::Balloon { target, actual }));
+        }
     }
 
     /// Stops the devices that have threads of their own: what was begun is done, and what was written is kept.
@@ -231,6 +248,13 @@ impl Board {
             None => self.serial.wait_for_room(timeout),
         }
     }
+}
+
+/// An error of a disk, for people.
+fn describe(error: &BlockError) -> String {
+    let BlockError { operation, offset, len, reason } = error;
+    let what = format!("{operation:?}").to_lowercase();
+    format!("{what} of {len} bytes at {offset} failed: {reason}")
 }
 
 /// What serial port and virtio console print to.

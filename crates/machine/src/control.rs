@@ -118,6 +118,11 @@ impl MachineControl {
         self.board.virtio().disk_counters()
     }
 
+    /// Each disk's id and size in bytes.
+    pub fn disk_sizes(&self) -> Vec<(String, u64)> {
+        self.board.virtio().disk_sizes()
+    }
+
     /// Each network interface's id (`net0` is the first without one) and what it has carried.
     pub fn net_counters(&self) -> Vec<(String, NetCounters)> {
         self.board.virtio().net_counters()

@@ -130,6 +130,7 @@ impl Machine {
         let board = Arc::new(Board::new(&config, &memory, engine.interrupt_controllers(), power, console)?);
         board.connect_engine(engine.clone());
         let gate = Arc::new(Gate::default());
+        board.report_to(&status);
         let context = VcpuContext {
             vm_name: config.name.clone(),
             gate: gate.clone(),

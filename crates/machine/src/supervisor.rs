@@ -28,7 +28,7 @@ use berth_cpu::{ApicState, CpuState, MpState, VcpuId};
 use berth_devices::power::PowerEvent;
 use berth_engine::Engine;
 use berth_memory::GuestMemory;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::Outcome;
 use crate::board::{Board, Pause};
@@ -174,6 +174,10 @@ impl Supervisor {
                 Event::Reset => return self.restart(false),
                 Event::Power(PowerEvent::DebugExit(code)) => {
                     return Verdict::End(Outcome::DebugExit(i32::from(code)));
+                }
+                Event::Power(PowerEvent::GuestPanic { crash_loaded }) => {
+                    warn!("the guest's kernel has panicked");
+                    self.status.notices().add(Notice::GuestPanic { crash_loaded });
                 }
                 Event::Stop => return Verdict::End(Outcome::Stopped),
                 Event::Pause(done) => {

@@ -447,3 +447,87 @@ fn impossible_machines_are_refused() {
     );
     assert!(refused(MachineConfig { kernel: "/nonexistent".into(), ..good }).contains("/nonexistent"));
 }
+
+#[test]
+fn a_pause_parks_all_vcpus_until_the_resume() {
+    let kernel = Kernel::new();
+    let (seen, turns) = channel();
+    let mut machine = machine(config(&kernel, 3), move |c| {
+        seen.send((c.id.0, c.turn)).unwrap();
+        c.halt()
+    });
+    let control = machine.control();
+    machine.start().unwrap();
+    for turn in 0..3 {
+        let mut ran: Vec<_> = (0..3).map(|_| turns.recv_timeout(LONG).unwrap()).collect();
+        ran.sort_unstable();
+        assert_eq!(ran, [(0, turn), (1, turn), (2, turn)]);
+        assert!(control.pause());
+        assert_eq!(control.state(), MachineState::Paused);
+        // Pausing twice changes nothing; nobody runs.
+        assert!(control.pause());
+        assert!(turns.recv_timeout(Duration::from_millis(20)).is_err());
+        assert!(control.resume());
+        assert_eq!(control.state(), MachineState::Running);
+    }
+    assert!(control.resume());
+    control.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
+    assert!(!control.pause(), "there is nothing left to pause");
+    let states: Vec<_> = control.notices().after(0).into_iter().map(|r| r.notice).collect();
+    assert_eq!(states.len(), 8, "{states:?}");
+    assert_eq!(states.last(), Some(&Notice::State(MachineState::Ended)));
+}
+
+#[test]
+fn a_paused_machine_can_be_reset_and_stopped() {
+    let kernel = Kernel::new();
+    let (seen, turns) = channel();
+    let mut machine = machine(config(&kernel, 2), move |c| {
+        seen.send(c.turn).unwrap();
+        c.halt()
+    });
+    let control = machine.control();
+    machine.start().unwrap();
+    let both = |turn| (0..2).for_each(|_| assert_eq!(turns.recv_timeout(LONG), Ok(turn)));
+    both(0);
+    assert!(control.pause());
+    control.reset();
+    both(1);
+    assert!(control.pause());
+    control.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
+    assert!(control.notices().after(0).iter().any(|r| r.notice == Notice::Reset { by_guest: false }));
+}
+
+#[test]
+fn what_a_guest_does_while_it_is_paused_is_not_lost() {
+    let kernel = Kernel::new();
+    let (ready, wait) = channel();
+    let mut machine = machine(config(&kernel, 1), move |c| {
+        ready.send(()).unwrap();
+        let exit = c.halt();
+        // The stop for the pause has come: its last instruction powers off.
+        power_off(c.bus);
+        exit
+    });
+    let control = machine.control();
+    machine.start().unwrap();
+    wait.recv_timeout(LONG).unwrap();
+    assert!(control.pause());
+    assert_eq!(machine.wait(), Outcome::PoweredOff);
+}
+
+#[test]
+fn a_panic_of_the_guest_is_told() {
+    let kernel = Kernel::new();
+    let mut machine = machine(config(&kernel, 1), |c| {
+        c.bus.port_write(ports::PANIC, &[1]);
+        power_off(c.bus);
+        c.halt()
+    });
+    machine.start().unwrap();
+    assert_eq!(machine.wait(), Outcome::PoweredOff);
+    let panic = Notice::GuestPanic { crash_loaded: false };
+    assert!(machine.control().notices().after(0).iter().any(|r| r.notice == panic));
+}

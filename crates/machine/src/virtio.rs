@@ -233,6 +233,11 @@ impl VirtioDevices {
         self.disks.iter().map(|(id, disk)| (id.clone(), disk.counters())).collect()
     }
 
+    /// Each disk's id and size in bytes.
+    pub fn disk_sizes(&self) -> Vec<(String, u64)> {
+        self.disks.iter().map(|(id, disk)| (id.clone(), disk.size())).collect()
+    }
+
     /// Each network interface's id and what it has carried.
     pub fn net_counters(&self) -> Vec<(String, NetCounters)> {
         self.nets.iter().map(|(id, net)| (id.clone(), net.counters())).collect()

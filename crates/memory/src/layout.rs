@@ -59,6 +59,8 @@ pub mod ports {
     pub const RESET_VALUE: u8 = 6;
     /// Debug exit: ends the VM with `(value << 1) | 1`.
     pub const DEBUG_EXIT: u16 = 0xf4;
+    /// The guest's kernel tells here that it has panicked (QEMU, docs/specs/pvpanic).
+    pub const PANIC: u16 = 0x505;
     /// PCI pin A of device 0 goes to this GSI; pin `p` (0 to 3) of device `d` to this plus `(d + p) % 4`.
     pub const PCI_INTX_GSI: u8 = 16;
 }

@@ -14,9 +14,6 @@ use tokio::task::spawn_blocking;
 use crate::error::{Answer, Body, Failure, Path};
 use crate::server::Shared;
 
-/// Bytes of a sector: sizes of disks are multiples of it.
-const SECTOR: u64 = 512;
-
 /// Lets vCPUs, devices and the guest's clock stand still
 ///
 /// Done when it is answered. A VM that is paused stays so.
@@ -125,6 +122,10 @@ pub async fn set_balloon(
     State(shared): State<Arc<Shared>>,
     Body(wanted): Body<BalloonRequest>,
 ) -> Answer<StatusCode> {
+    if wanted.target_bytes > BalloonRequest::MAX_TARGET {
+        let most = BalloonRequest::MAX_TARGET;
+        return Err(Failure::unprocessable(format!("target_bytes: at most {most} are possible")));
+    }
     let Some(balloon) = shared.vm.control.balloon() else {
         return Err(Failure::not_possible("this VM has no memory balloon: start it with --balloon"));
     };
@@ -174,8 +175,10 @@ pub async fn resize_disk(
     Path(id): Path<String>,
     Body(wanted): Body<DiskSizeRequest>,
 ) -> Answer<StatusCode> {
-    if wanted.size_bytes < SECTOR || !wanted.size_bytes.is_multiple_of(SECTOR) {
-        return Err(Failure::unprocessable(format!("size_bytes: only multiples of {SECTOR} are possible")));
+    let (sector, most) = (DiskSizeRequest::SECTOR, DiskSizeRequest::MAX_SIZE);
+    if !(sector..=most).contains(&wanted.size_bytes) || !wanted.size_bytes.is_multiple_of(sector) {
+        let message = format!("size_bytes: only multiples of {sector} up to {most} are possible");
+        return Err(Failure::unprocessable(message));
     }
     shared.vm.control.resize_disk(&id, wanted.size_bytes).map_err(|e| match e {
         DiskResizeError::NoDisk { .. } => Failure::not_found(e.to_string()),

@@ -10,7 +10,7 @@ use berth_machine::{Notice, Recorded};
 use serde::Deserialize;
 use tokio::sync::mpsc::{self, Sender};
 use tokio_stream::wrappers::ReceiverStream;
-use utoipa::IntoParams;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::error::{Answer, Query};
 use crate::server::{Shared, state_of, unix_seconds};
@@ -31,6 +31,15 @@ pub struct EventsQuery {
     follow: bool,
 }
 
+/// A server-sent event.
+#[derive(ToSchema)]
+struct SentEvent {
+    /// The number of the event: what `after` takes.
+    id: String,
+    /// JSON of the type Event.
+    data: String,
+}
+
 fn yes() -> bool {
     true
 }
@@ -42,7 +51,7 @@ type Item = Result<sse::Event, Infallible>;
 /// Server-sent events; the data of each is JSON of the type Event. First come the last ones that have happened, of
 /// which 1024 are kept.
 #[utoipa::path(get, path = "/events", tag = "vm", params(EventsQuery), responses(
-    (status = 200, body = Event, content_type = "text/event-stream"),
+    (status = 200, body = SentEvent, content_type = "text/event-stream", description = "One after the other."),
     (status = 400, body = ApiError, description = "A parameter makes no sense."),
 ))]
 pub async fn events(
@@ -87,8 +96,8 @@ async fn send_all(shared: &Shared, query: &EventsQuery, sender: &Sender<Item>) -
 
 async fn send(sender: &Sender<Item>, event: Event) -> Option<()> {
     // It is made of numbers and text only.
-    let text = serde_json::to_string(&event).ok()?;
-    sender.send(Ok(sse::Event::default().id(event.id.to_string()).data(text))).await.ok()
+    let sent = SentEvent { id: event.id.to_string(), data: serde_json::to_string(&event).ok()? };
+    sender.send(Ok(sse::Event::default().id(sent.id).data(sent.data))).await.ok()
 }
 
 fn event(recorded: Recorded) -> Event {

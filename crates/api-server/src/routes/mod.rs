@@ -4,13 +4,14 @@ mod console;
 mod control;
 mod events;
 mod look;
+mod metrics;
 mod vm;
 
 use std::sync::Arc;
 
 use axum::routing::get;
 use axum::{Json, Router, middleware};
-use berth_api::types::ApiError;
+use berth_api::types::{ApiError, Event};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -27,7 +28,7 @@ use crate::server::Shared;
         description = "HTTP on the Unix socket of one VM, for its owner. Every error has a body of the type ApiError."
     ),
     servers((url = "/", description = "the Unix socket of the VM")),
-    components(schemas(ApiError)),
+    components(schemas(ApiError, Event)),
     tags(
         (name = "vm", description = "What the VM is and what it uses"),
         (name = "memory", description = "Where addresses lead and memory is"),
@@ -56,6 +57,7 @@ fn router() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(events::events))
         .routes(routes!(look::explain))
         .routes(routes!(look::map))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(document))
 }
 

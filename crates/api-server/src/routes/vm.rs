@@ -5,7 +5,8 @@ use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::State;
-use berth_api::types::{BalloonStats, VcpuStats, VmInfo, VmStats};
+use berth_api::types::{BalloonStats, DiskStats, MemoryStats, NetStats, VcpuStats, VmInfo, VmStats};
+use berth_machine::{MachineControl, NetCounters};
 
 use crate::server::{Shared, unix_seconds};
 use crate::threads;
@@ -44,12 +45,37 @@ pub fn measure(shared: &Shared) -> VmStats {
         uptime_seconds: shared.started.elapsed().as_secs_f64(),
         cpu_seconds: threads::process_cpu_seconds(),
         vcpus: vcpus.collect(),
-        memory: berth_api::types::MemoryStats {
-            size_bytes: shared.vm.description.memory_bytes,
-            ..threads::memory()
-        },
+        memory: MemoryStats { size_bytes: shared.vm.description.memory_bytes, ..threads::memory() },
         balloon,
-        disks: Vec::new(),
-        nets: Vec::new(),
+        disks: disks(control),
+        nets: control.net_counters().into_iter().map(net).collect(),
+    }
+}
+
+fn disks(control: &MachineControl) -> Vec<DiskStats> {
+    let counted = control.disk_sizes().into_iter().zip(control.disk_counters());
+    let disk =
+        |((id, size_bytes), (_, counters)): ((String, u64), (String, berth_machine::BlockCounters))| {
+            DiskStats {
+                id,
+                size_bytes,
+                reads: counters.reads,
+                read_bytes: counters.read_bytes,
+                writes: counters.writes,
+                written_bytes: counters.written_bytes,
+                flushes: counters.flushes,
+                errors: counters.errors,
+            }
+        };
+    counted.map(disk).collect()
+}
+
+fn net((id, counters): (String, NetCounters)) -> NetStats {
+    NetStats {
+        id,
+        received_packets: counters.received_packets,
+        received_bytes: counters.received_bytes,
+        sent_packets: counters.sent_packets,
+        sent_bytes: counters.sent_bytes,
     }
 }

@@ -2,8 +2,22 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
+
+/// A whole number, which JSON may also write as `5.0`.
+fn whole<'de, D: Deserializer<'de>, T: TryFrom<u64>>(deserializer: D) -> Result<T, D::Error> {
+    /// Above it a floating-point number does not name one whole number.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let number = serde_json::Number::deserialize(deserializer)?;
+    let exact = |f: &f64| f.fract() == 0.0 && (0.0..=EXACT).contains(f);
+    let whole = number.as_u64().or_else(|| number.as_f64().filter(exact).map(|f| f as u64));
+    let fits = whole.and_then(|whole| T::try_from(whole).ok());
+    fits.ok_or_else(|| {
+        D::Error::custom(format!("{number} is not possible: a whole number in the range of the field"))
+    })
+}
 
 /// Body of `POST /stop`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -11,6 +25,7 @@ use utoipa::ToSchema;
 pub struct StopRequest {
     /// Seconds until a guest that is not off by then is ended; 0 ends it at once. [default: 10]
     #[schema(minimum = 0, maximum = 86400, default = 10)]
+    #[serde(deserialize_with = "whole")]
     pub timeout_seconds: u32,
 }
 
@@ -29,9 +44,16 @@ impl Default for StopRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonRequest {
-    /// Memory that the guest is asked to give back in all, in bytes; rounded down to pages, and at most the size of its memory.
-    #[schema(minimum = 0)]
+    /// Memory that the guest is asked to give back in all, in bytes; rounded down to pages. More than its memory counts
+    /// as all of it.
+    #[schema(minimum = 0, maximum = 1125899906842624u64)]
+    #[serde(deserialize_with = "whole")]
     pub target_bytes: u64,
+}
+
+impl BalloonRequest {
+    /// Largest target in bytes: more than any VM has.
+    pub const MAX_TARGET: u64 = 1 << 50;
 }
 
 /// Body of `PUT /disks/{id}/size`.
@@ -39,7 +61,8 @@ pub struct BalloonRequest {
 #[serde(deny_unknown_fields)]
 pub struct DiskSizeRequest {
     /// The disk's new size in bytes: not less than it has, and a multiple of 512.
-    #[schema(minimum = 512)]
+    #[schema(minimum = 512, maximum = 1152921504606846976u64, multiple_of = 512)]
+    #[serde(deserialize_with = "whole")]
     pub size_bytes: u64,
 }
 
@@ -56,15 +79,24 @@ pub struct CpuRequest {
     pub limit: Option<f64>,
 }
 
+impl DiskSizeRequest {
+    /// What sizes are multiples of, in bytes.
+    pub const SECTOR: u64 = 512;
+    /// Largest size in bytes: more than any host can hold.
+    pub const MAX_SIZE: u64 = 1 << 60;
+}
+
 /// Body of `PUT /console/size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleSize {
     /// Columns of the terminal.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 65535)]
+    #[serde(deserialize_with = "whole")]
     pub columns: u16,
     /// Rows of the terminal.
-    #[schema(minimum = 1)]
+    #[schema(minimum = 1, maximum = 65535)]
+    #[serde(deserialize_with = "whole")]
     pub rows: u16,
 }
 
@@ -107,5 +139,23 @@ pub struct ApiError {
 impl fmt::Display for ApiError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_numbers_may_be_written_with_a_point() {
+        let size =
+            |text: &str| serde_json::from_str::<ConsoleSize>(text).map(|size| (size.columns, size.rows));
+        assert_eq!(size(r#"{"columns": 80.0, "rows": 24}"#).unwrap(), (80, 24));
+        for bad in ["80.5", "-1", "65536", "1e300", "\"80\"", "null"] {
+            let text = format!("{{\"columns\": {bad}, \"rows\": 24}}");
+            assert!(size(&text).is_err(), "{bad}");
+        }
+        let disk: DiskSizeRequest = serde_json::from_str(r#"{"size_bytes": 18446744073709551615}"#).unwrap();
+        assert_eq!(disk.size_bytes, u64::MAX);
     }
 }

@@ -50,6 +50,7 @@ pub fn table(platform: &Platform) -> Sdt {
     motherboard(&mut system);
     serial(&mut system);
     clock(&mut system);
+    panic_port(&mut system);
     aml.extend(Scope::raw("_SB_".into(), system));
     dsdt.append_slice(&aml);
     dsdt
@@ -172,6 +173,22 @@ fn clock(aml: &mut Vec<u8>) {
         vec![&IO::new(ports::CMOS, ports::CMOS, 1, 2), &isa_interrupt(ports::CMOS_IRQ)],
         aml,
     );
+}
+
+/// Where the guest's kernel tells that it has panicked. The identifier is QEMU's, and no EISA one.
+fn panic_port(aml: &mut Vec<u8>) {
+    Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&IO::new(ports::PANIC, ports::PANIC, 1, 1)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
 }
 
 /// An ISA interrupt: edge-triggered, active high, not shared.

@@ -6,7 +6,7 @@
 //! guest uses them again.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use berth_memory::{GuestPhysAddr, PAGE_SIZE};
 use parking_lot::Mutex;
@@ -112,6 +112,22 @@ struct Running {
 #[derive(Default)]
 struct Shared {
     state: Mutex<BalloonState>,
+    /// Who is told of changes.
+    listener: OnceLock<Listener>,
+}
+
+/// Gets target and size in bytes.
+type Listener = Box<dyn Fn(u64, u64) + Send + Sync>;
+
+impl Shared {
+    /// Tells of what is so now, without holding the lock.
+    fn tell(&self) {
+        let Some(listener) = self.listener.get() else { return };
+        let state = self.state.lock();
+        let bytes = [state.target_pages, state.actual_pages].map(|pages| u64::from(pages) * PAGE_SIZE);
+        drop(state);
+        listener(bytes[0], bytes[1]);
+    }
 }
 
 /// What a balloon keeps.
@@ -149,13 +165,21 @@ impl Balloon {
             command: ids::CMD_ID_STOP,
             ..BalloonState::default()
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state) });
+        let shared = Arc::new(Shared { state: Mutex::new(state), listener: OnceLock::new() });
         Self { shared, features, thread_name, running: Mutex::new(None) }
     }
 
     /// Asks the guest to have `target` bytes in the balloon, rounded down to pages.
     pub fn set_target(&self, target: u64) {
         self.change(|state| state.target_pages = pages(target));
+        self.shared.tell();
+    }
+
+    /// Calls `listener` with target and size in bytes whenever one of them has changed. It is called on the threads that
+    /// change them, vCPUs among them, and must return soon. Only the first call counts.
+    pub fn on_change(&self, listener: impl Fn(u64, u64) + Send + Sync + 'static) {
+        // A second one has no effect.
+        let _ = self.shared.listener.set(Box::new(listener));
     }
 
     /// How it stands.
@@ -260,7 +284,11 @@ impl VirtioDevice for Balloon {
     fn write_config(&self, offset: u64, data: &[u8]) {
         // The driver says what is in the balloon; the rest is the device's, or not offered.
         if offset == ACTUAL && data.len() == NUMBER {
-            self.shared.state.lock().actual_pages = crate::bytes::value(data) as u32;
+            let actual = crate::bytes::value(data) as u32;
+            let before = std::mem::replace(&mut self.shared.state.lock().actual_pages, actual);
+            if before != actual {
+                self.shared.tell();
+            }
         }
     }
 
