@@ -45,7 +45,7 @@ pub fn memory() -> MemoryStats {
         let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse::<u64>().ok());
         kib.unwrap_or(0) << 10
     };
-    MemoryStats { size_bytes: 0, resident_bytes: bytes("VmRSS:"), swapped_bytes: bytes("VmSwap:") }
+    MemoryStats { resident_bytes: bytes("VmRSS:"), swapped_bytes: bytes("VmSwap:"), ..MemoryStats::default() }
 }
 
 /// CPU time of this process, in seconds.

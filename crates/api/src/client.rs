@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use crate::http::{Ask, send, whole};
 use crate::types::{
     ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, Event, ExplainQuery, Explanation,
-    MemoryMap, StopRequest, VmInfo, VmStats,
+    MemoryMap, ReclaimRequest, Reclaimed, StopRequest, VmInfo, VmStats,
 };
 
 /// How long a VM has to answer a request that it can answer at once.
@@ -248,6 +248,21 @@ impl Client {
     /// [`ClientError::Refused`] when the host does not let it, or there is no such weight or limit.
     pub fn set_cpu(&self, request: &CpuRequest) -> Result<(), ClientError> {
         self.put(Method::PUT, "/cpu", request)
+    }
+
+    /// Takes up to `bytes` of guest memory that is not in use for `idle_seconds` to the cold store, and waits that long.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the VM's host or engine lacks what it needs.
+    pub fn reclaim(&self, bytes: u64, idle_seconds: u32) -> Result<Reclaimed, ClientError> {
+        let request = ReclaimRequest { bytes, idle_seconds };
+        let body = serde_json::to_vec(&request).map_err(|e| ClientError::Answer(e.to_string()))?;
+        // It takes as long as it takes: pages of many gigabytes may have to be compressed.
+        let answer = self.runtime.block_on(async {
+            let ask = Ask { body: Some(body), ..Ask::new(Method::POST, "/reclaim") };
+            whole(send(&self.socket, ask).await?).await
+        })?;
+        parse(&answer)
     }
 
     /// Makes the disk `id` larger.

@@ -13,6 +13,10 @@ pub use event::{Event, EventKind};
 pub use info::{ConsoleKind, DiskInfo, Ending, NetInfo, VmDescription, VmInfo, VmState, VsockInfo};
 pub use look::{ExplainQuery, MapQuery};
 pub use request::{
-    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, ErrorCode, StopRequest,
+    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, ErrorCode, ReclaimRequest, Reclaimed,
+    StopRequest,
 };
-pub use stats::{BalloonStats, DiskStats, MemoryStats, NetStats, ThreadStats, VcpuStats, VmStats};
+pub use stats::{
+    BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, ThreadStats, VcpuStats,
+    VmStats,
+};

@@ -117,6 +117,28 @@ fn a_vm_in_the_background_is_listed_described_and_stopped() {
 }
 
 #[test]
+fn memory_goes_to_the_cold_store_on_request() {
+    let user = User::new();
+    user.start("one", SLEEPS);
+    let guest = |memory: &serde_json::Value, state: &str| memory["guest"][state].as_u64().unwrap();
+    let before = user.json(&["stats", "--json", "one"])["memory"].clone();
+    let output = user.berth(&["reclaim", "--idle", "0", "one"]);
+    if !output.status.success() {
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("cold store needs userfaultfd"), "{said}");
+        println!("skipped: {said}");
+        return;
+    }
+    let after = user.json(&["stats", "--json", "one"])["memory"].clone();
+    assert!(guest(&after, "resident_bytes") < guest(&before, "resident_bytes"), "{before} {after}");
+    assert!(guest(&after, "stored_bytes") > 0 && after["store"]["pages"].as_u64() > Some(0), "{after}");
+    let sum: u64 = after["guest"].as_object().unwrap().values().map(|v| v.as_u64().unwrap()).sum();
+    assert_eq!(sum, 16 << 20, "{after}");
+    user.fails(2, &["reclaim", "--size", "much", "one"]);
+    assert!(user.fails(1, &["reclaim", "two"]).contains("there is no VM two"));
+}
+
+#[test]
 fn errors_of_the_start_are_those_of_the_command() {
     let user = User::new();
     let said = user.fails(1, &["run", "-d", "--name", "x", "--kernel", "/nonexistent"]);

@@ -51,6 +51,7 @@ fn router() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(control::kill))
         .routes(routes!(control::set_balloon))
         .routes(routes!(control::set_cpu))
+        .routes(routes!(control::reclaim))
         .routes(routes!(control::resize_disk))
         .routes(routes!(console::attach))
         .routes(routes!(console::set_size))

@@ -5,7 +5,9 @@ use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::State;
-use berth_api::types::{BalloonStats, DiskStats, MemoryStats, NetStats, VcpuStats, VmInfo, VmStats};
+use berth_api::types::{
+    BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, VcpuStats, VmInfo, VmStats,
+};
 use berth_machine::{MachineControl, NetCounters};
 
 use crate::server::{Shared, unix_seconds};
@@ -21,6 +23,37 @@ pub async fn info(State(shared): State<Arc<Shared>>) -> Json<VmInfo> {
 #[utoipa::path(get, path = "/stats", tag = "vm", responses((status = 200, body = VmStats)))]
 pub async fn stats(State(shared): State<Arc<Shared>>) -> Json<VmStats> {
     Json(measure(&shared))
+}
+
+/// The guest's memory, and the process's.
+fn memory(shared: &Shared) -> MemoryStats {
+    let memory = shared.vm.control.memory();
+    // A host that does not say what is resident (without /proc) leaves this out.
+    let usage = memory.usage().ok();
+    let guest = usage.map(|usage| GuestMemoryStats {
+        untouched_bytes: usage.guest.untouched,
+        resident_bytes: usage.guest.resident,
+        shared_bytes: usage.guest.shared,
+        stored_bytes: usage.guest.stored,
+        released_bytes: usage.guest.released,
+    });
+    let store = memory.store_counters().map(|store| StoreStats {
+        pages: store.stored_pages,
+        zero_pages: store.zero_pages,
+        distinct_pages: store.distinct_pages,
+        memory_bytes: store.memory_bytes,
+        evicted_pages: store.evicted,
+        refaults: store.refaults,
+        latency_p50_seconds: store.latency.quantile(0.5).as_secs_f64(),
+        latency_p99_seconds: store.latency.quantile(0.99).as_secs_f64(),
+    });
+    MemoryStats {
+        size_bytes: memory.size(),
+        guest,
+        overhead_bytes: usage.map_or(0, |usage| usage.overhead),
+        store,
+        ..threads::memory()
+    }
 }
 
 /// What the VM uses now.
@@ -45,7 +78,7 @@ pub fn measure(shared: &Shared) -> VmStats {
         uptime_seconds: shared.started.elapsed().as_secs_f64(),
         cpu_seconds: threads::process_cpu_seconds(),
         vcpus: vcpus.collect(),
-        memory: MemoryStats { size_bytes: shared.vm.description.memory_bytes, ..threads::memory() },
+        memory: memory(shared),
         balloon,
         disks: disks(control),
         nets: control.net_counters().into_iter().map(net).collect(),

@@ -56,6 +56,37 @@ impl BalloonRequest {
     pub const MAX_TARGET: u64 = 1 << 50;
 }
 
+/// Body of `POST /reclaim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReclaimRequest {
+    /// Memory to take at most, in bytes.
+    #[schema(minimum = 0)]
+    pub bytes: u64,
+    /// Only what the guest does not use for so many seconds, which the request waits; 0: whatever is coldest. [default: 5]
+    #[schema(minimum = 0, maximum = 3600, default = 5)]
+    #[serde(default = "default_idle")]
+    pub idle_seconds: u32,
+}
+
+impl ReclaimRequest {
+    /// Longest time to watch, in seconds.
+    pub const MAX_IDLE: u32 = 3600;
+}
+
+fn default_idle() -> u32 {
+    5
+}
+
+/// Answer to `POST /reclaim`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reclaimed {
+    /// Guest memory that went to the cold store, in bytes.
+    pub bytes: u64,
+    /// What of it was all zeros, in bytes.
+    pub zero_bytes: u64,
+}
+
 /// Body of `PUT /disks/{id}/size`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -59,7 +59,7 @@ pub struct ThreadStats {
 }
 
 /// Memory of the VM's process.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct MemoryStats {
     /// What the guest was promised, in bytes.
     pub size_bytes: u64,
@@ -67,6 +67,52 @@ pub struct MemoryStats {
     pub resident_bytes: u64,
     /// What of it is in the host's swap, in bytes.
     pub swapped_bytes: u64,
+    /// The guest's memory by state, where the host tells what is resident.
+    #[serde(default)]
+    pub guest: Option<GuestMemoryStats>,
+    /// What the VM costs besides the guest's memory, in bytes: Berth's code and tables, translated code, the cold store,
+    /// page tables.
+    #[serde(default)]
+    pub overhead_bytes: u64,
+    /// The cold store, if it has begun.
+    #[serde(default)]
+    pub store: Option<StoreStats>,
+}
+
+/// The guest's memory by state, in bytes. The sum is what the guest was promised.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestMemoryStats {
+    /// Never written by the guest.
+    pub untouched_bytes: u64,
+    /// In memory of its own.
+    pub resident_bytes: u64,
+    /// The same page as a file's or another VM's, until it is written.
+    pub shared_bytes: u64,
+    /// In the cold store, or in the host's swap.
+    pub stored_bytes: u64,
+    /// Given back by the guest, through the balloon or as free.
+    pub released_bytes: u64,
+}
+
+/// The cold store of a VM: pages that are not in use, compressed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct StoreStats {
+    /// Pages of 4096 bytes in it.
+    pub pages: u64,
+    /// Those that are all zeros, which cost nothing.
+    pub zero_pages: u64,
+    /// Different contents of the others; each is kept once.
+    pub distinct_pages: u64,
+    /// What these take, in bytes.
+    pub memory_bytes: u64,
+    /// Pages that were put into it, since the start.
+    pub evicted_pages: u64,
+    /// Pages that came back because somebody touched them, since the start.
+    pub refaults: u64,
+    /// How long half of these took at most, in seconds.
+    pub latency_p50_seconds: f64,
+    /// How long 99 of 100 took at most, in seconds.
+    pub latency_p99_seconds: f64,
 }
 
 /// The memory balloon.

@@ -4,6 +4,7 @@ mod console;
 mod list;
 mod logs;
 mod look;
+mod memory;
 mod set;
 mod show;
 mod steer;
@@ -37,6 +38,8 @@ pub enum VmCommand {
     Resume(Names),
     /// Press the reset button of VMs: they boot again
     Reset(Names),
+    /// Take memory that guests do not use to the cold store: compressed, until it is touched
+    Reclaim(memory::ReclaimArguments),
     /// Wait until a VM ends, and end with its exit code
     Wait(OneName),
     /// Remove VMs that have ended: their records, and what they wrote to their disks
@@ -136,6 +139,7 @@ pub fn run(command: &VmCommand) -> Result<ExitCode, VmsError> {
         VmCommand::Pause(names) => with_each(&names.names, |vm| vm.ask(Client::pause)),
         VmCommand::Resume(names) => with_each(&names.names, |vm| vm.ask(Client::resume)),
         VmCommand::Reset(names) => with_each(&names.names, |vm| vm.ask(Client::reset)),
+        VmCommand::Reclaim(arguments) => memory::reclaim(arguments),
         VmCommand::Wait(name) => steer::wait(&name.name),
         VmCommand::Rm(arguments) => steer::rm(arguments),
         VmCommand::Inspect(names) => show::inspect(&names.names),

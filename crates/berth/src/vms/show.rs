@@ -141,6 +141,30 @@ fn show(stats: &VmStats, before: Option<&VmStats>) -> String {
         size::show(m.resident_bytes),
         size::show(m.swapped_bytes)
     );
+    if let Some(g) = &m.guest {
+        let _ = writeln!(
+            text,
+            "guest     {} resident, {} stored, {} shared, {} given back, {} untouched; {} for the VM itself",
+            size::show(g.resident_bytes),
+            size::show(g.stored_bytes),
+            size::show(g.shared_bytes),
+            size::show(g.released_bytes),
+            size::show(g.untouched_bytes),
+            size::show(m.overhead_bytes)
+        );
+    }
+    if let Some(s) = &m.store {
+        let _ = writeln!(
+            text,
+            "store     {} pages in {}: {} different, {} zero; {} came back, 99 % of them in {:.0} us",
+            s.pages,
+            size::show(s.memory_bytes),
+            s.distinct_pages,
+            s.zero_pages,
+            s.refaults,
+            s.latency_p99_seconds * 1e6
+        );
+    }
     if let Some(b) = &stats.balloon {
         let (target, actual) = (size::show(b.target_bytes), size::show(b.actual_bytes));
         let _ =

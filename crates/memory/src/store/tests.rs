@@ -211,3 +211,26 @@ fn no_write_is_lost() {
     );
     assert!(evicted > 0 && counters.refaults > 0);
 }
+
+/// Prints how long it takes to touch a page that is in the store, the whole way of a thread that does.
+#[test]
+#[ignore = "measures; run by hand"]
+fn touch_latency() {
+    let Some(m) = with_store(Faults::User) else { return };
+    (0..4000).for_each(|page| m.write(at(page), &content(page as u64)).unwrap());
+    evict_all(&m);
+    let mut times: Vec<Duration> = (0..4000)
+        .map(|page| {
+            let start = Instant::now();
+            m.read(at(page), &mut [0]).unwrap();
+            start.elapsed()
+        })
+        .collect();
+    times.sort_unstable();
+    println!(
+        "p50 {:?}, p99 {:?}, handler p99 {:?}",
+        times[2000],
+        times[3960],
+        m.store_counters().unwrap().latency.quantile(0.99)
+    );
+}
