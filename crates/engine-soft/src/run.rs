@@ -139,7 +139,7 @@ impl Cpu {
             if let Some(exit) = self.fatal.take() {
                 return exit;
             }
-            if self.shared.has_requests() {
+            if self.shared.is_called() {
                 let asked = self.shared.take_requests();
                 if asked & request::PAUSE != 0 {
                     execution = None;

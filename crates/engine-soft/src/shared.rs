@@ -112,6 +112,13 @@ impl VcpuShared {
         self.requests.fetch_and(request::STOP, Ordering::SeqCst)
     }
 
+    /// Whether the vCPU must [take requests](Self::take_requests): there are some, or polls do not pass. Without a
+    /// request they fail when one was taken between the two stores of [`Self::request`], whose thread may have been
+    /// off its CPU for long just there. Every poll would leave translated code until the next request.
+    pub(crate) fn is_called(&self) -> bool {
+        self.has_requests() || self.poll().load(Ordering::Relaxed).is_null()
+    }
+
     /// Whether anything was requested.
     pub(crate) fn has_requests(&self) -> bool {
         self.requests.load(Ordering::SeqCst) != 0
@@ -178,5 +185,23 @@ impl DerefMut for StateRef {
     fn deref_mut(&mut self) -> &mut State {
         // SAFETY: as in `deref`, and `self` is borrowed mutably.
         unsafe { &mut *(*self.block.as_ptr()).state.get() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn polls_pass_again_after_a_request_that_was_taken_before_it_was_whole() {
+        let (shared, _state) = VcpuShared::new();
+        assert!(!shared.is_called());
+        // What a thread does that loses its CPU in the middle of `request`.
+        shared.requests.fetch_or(request::INTERRUPT, Ordering::SeqCst);
+        assert_eq!(shared.take_requests(), request::INTERRUPT);
+        shared.poll().store(null_mut(), Ordering::SeqCst);
+        assert!(shared.is_called());
+        assert_eq!(shared.take_requests(), 0);
+        assert!(!shared.is_called());
     }
 }
