@@ -2,10 +2,12 @@
 
 use axum::Json;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
-use axum::extract::{FromRequest, FromRequestParts};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use berth_api::types::{ApiError, ErrorCode};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// An error, with the HTTP status that it has.
 #[derive(Debug)]
@@ -103,9 +105,29 @@ impl From<QueryRejection> for Failure {
 }
 
 /// A JSON body; see [`Failure`] for what is none.
-#[derive(FromRequest)]
-#[from_request(via(Json), rejection(Failure))]
 pub struct Body<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, state: &S) -> Answer<Self> {
+        // serde would also take an array for an object, which the OpenAPI document does not allow.
+        let Json(mut object) = Json::<serde_json::Map<String, Value>>::from_request(request, state).await?;
+        object.values_mut().for_each(write_whole);
+        let body = serde_json::from_value(Value::Object(object));
+        body.map(Self).map_err(|e| Failure::unprocessable(e.to_string()))
+    }
+}
+
+/// A whole number that JSON wrote as `5.0` is one (JSON Schema, Validation, 6.1.1), which serde does not know.
+fn write_whole(value: &mut Value) {
+    /// Above it a floating-point number does not name one whole number.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    let float = value.as_f64().filter(|_| value.is_f64());
+    if let Some(f) = float.filter(|f| f.fract() == 0.0 && (0.0..=EXACT).contains(f)) {
+        *value = Value::from(f as u64);
+    }
+}
 
 /// Parameters in the path.
 #[derive(FromRequestParts)]
@@ -116,3 +138,21 @@ pub struct Path<T>(pub T);
 #[derive(FromRequestParts)]
 #[from_request(via(axum::extract::Query), rejection(Failure))]
 pub struct Query<T>(pub T);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn whole_numbers_may_be_written_with_a_point() {
+        let written = |mut value: Value| {
+            write_whole(&mut value);
+            value
+        };
+        assert_eq!(written(json!(80.0)), json!(80));
+        for other in [json!(80.5), json!(-1.0), json!(1e300), json!(u64::MAX), json!("80.0"), json!(null)] {
+            assert_eq!(written(other.clone()), other);
+        }
+    }
+}

@@ -56,8 +56,15 @@ impl Serialize for Hex {
 }
 
 impl<'de> Deserialize<'de> for Hex {
+    /// Only what [`Serialize`] writes, as the OpenAPI document says: people may write it in more ways ([`FromStr`]).
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+        let text = String::deserialize(deserializer)?;
+        let is_digit = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+        let plain = |digits: &str| (1..=16).contains(&digits.len()) && digits.bytes().all(is_digit);
+        if !text.strip_prefix("0x").is_some_and(plain) {
+            return Err(D::Error::custom(format!("{text:?} is no number such as 0xffff880012345678")));
+        }
+        text.parse().map_err(D::Error::custom)
     }
 }
 
@@ -80,5 +87,8 @@ mod tests {
         let json = serde_json::to_string(&Hex(u64::MAX)).unwrap();
         assert_eq!(json, "\"0xffffffffffffffff\"");
         assert_eq!(serde_json::from_str::<Hex>(&json).unwrap(), Hex(u64::MAX));
+        for bad in ["10", "0x", "0X1", "0xF", "0x1_0", "0x10000000000000000"] {
+            assert!(serde_json::from_str::<Hex>(&format!("\"{bad}\"")).is_err(), "{bad}");
+        }
     }
 }

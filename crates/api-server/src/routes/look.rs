@@ -54,6 +54,10 @@ pub async fn map(
     State(shared): State<Arc<Shared>>,
     Query(query): Query<MapQuery>,
 ) -> Answer<Json<MemoryMap>> {
+    if query.chunk_bytes.is_some_and(|chunk| chunk > MapQuery::MAX_CHUNK) {
+        let most = MapQuery::MAX_CHUNK;
+        return Err(Failure::bad_request(format!("chunk_bytes: at most {most} are possible")));
+    }
     let map = look(&shared, move |control, vm| control.memory_map(vm, query.chunk_bytes)).await?;
     map.map(Json).map_err(|error| match error {
         MapError::BadChunk { .. } => Failure::bad_request(error.to_string()),

@@ -54,5 +54,11 @@ impl ExplainQuery {
 #[into_params(parameter_in = Query)]
 pub struct MapQuery {
     /// Size of a chunk in bytes, a power of two of at least a page. [default: so that there are at most 2048]
+    #[param(minimum = 4096, maximum = 1125899906842624u64)]
     pub chunk_bytes: Option<u64>,
+}
+
+impl MapQuery {
+    /// Largest chunk in bytes: more than any VM has.
+    pub const MAX_CHUNK: u64 = 1 << 50;
 }
