@@ -143,6 +143,7 @@ impl Cpu {
                 let asked = self.shared.take_requests();
                 if asked & request::PAUSE != 0 {
                     execution = None;
+                    vm.give_way();
                 }
                 if asked & request::SWEEP != 0 {
                     self.sweep();

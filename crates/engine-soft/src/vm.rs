@@ -8,7 +8,7 @@ use berth_cpu::cpuid::CpuidModel;
 use berth_engine::{DirtyMap, EngineError};
 use berth_memory::layout::HIGH_RAM_START;
 use berth_memory::{GuestMemory, GuestPhysAddr};
-use parking_lot::{RwLock, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
 use crate::SoftOptions;
 use crate::code::cache::CodeCache;
@@ -50,6 +50,8 @@ pub struct Vm {
     /// Held for reading by every vCPU that may be inside translated code; for writing by one that must be
     /// alone.
     pub(crate) execution: RwLock<()>,
+    /// Held by one that wants to be alone until it is: see [`Self::give_way`].
+    exclusion: Mutex<()>,
     /// Optimisations that are switched off.
     pub(crate) debug: crate::DebugFlags,
     /// The host, and so the guest, is an AMD or Hygon CPU.
@@ -81,6 +83,7 @@ impl Vm {
             slotless: Slotless::new(),
             list: RwLock::new(Vec::new()),
             execution: RwLock::new(()),
+            exclusion: Mutex::new(()),
             debug: crate::DebugFlags::from_env(),
             memory,
         })
@@ -116,17 +119,28 @@ impl Vm {
     /// Waits until no other vCPU is inside translated code, and keeps them out. The caller must not hold the
     /// execution lock.
     pub(crate) fn alone(&self, me: VcpuId) -> RwLockWriteGuard<'_, ()> {
+        let exclusion = self.exclusion.lock();
         self.request_others(me, request::PAUSE);
-        self.execution.write()
+        let alone = self.execution.write();
+        drop(exclusion);
+        alone
+    }
+
+    /// What a vCPU does for [`request::PAUSE`] once it has let go of the execution lock: it waits until the one that asked
+    /// has that lock. If it took the lock again before, it might execute a loop for ever that nobody asks it to leave.
+    pub(crate) fn give_way(&self) {
+        drop(self.exclusion.lock());
     }
 
     /// Does `change` to the log of written pages while no vCPU is inside translated code; none of them stores to a page
     /// afterwards that it does not mark before.
     pub(crate) fn with_everyone_out<R>(&self, change: impl FnOnce() -> R) -> R {
+        let exclusion = self.exclusion.lock();
         for vcpu in self.list.read().iter() {
             vcpu.request(request::PAUSE);
         }
         let alone = self.execution.write();
+        drop(exclusion);
         self.dirty_epoch.fetch_add(1, Ordering::SeqCst);
         let result = change();
         drop(alone);

@@ -60,7 +60,7 @@ fn stop_and_run_again_continue_exactly() {
 }
 
 fn state_moves_to_another_engine_in_the_middle() {
-    let rounds = rounds(3_000_000);
+    let rounds = rounds(20_000_000);
     let mut g = Guest::long();
     let main = g.code(|a| work(a, rounds));
     let end = g.run(main).done();
