@@ -12,6 +12,8 @@ use clap::Args;
 use crate::cargo;
 
 const TARGETS: [&str; 4] = ["bzimage", "elf", "multiboot", "virtio"];
+/// As in `fuzz/virtio.rs`.
+const DEVICES: [&str; 7] = ["block-raw", "block-qcow2", "console", "balloon", "vsock", "net", "rng"];
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
 /// Coverage that guides libFuzzer, and checks that a release build leaves out.
@@ -28,6 +30,9 @@ pub struct FuzzArguments {
     /// Only this target.
     #[arg(value_parser = TARGETS)]
     target: Option<String>,
+    /// Only this device, with the target virtio.
+    #[arg(long, value_parser = DEVICES)]
+    device: Option<String>,
     /// How long each target runs, in seconds.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
     seconds: u32,
@@ -62,6 +67,7 @@ pub fn run(arguments: &FuzzArguments) -> Result<(), String> {
             .arg(format!("-seed={}", arguments.seed.unwrap_or_else(|| fastrand::u32(1..))))
             .args(["-max_len=16384", "-timeout=10", "-rss_limit_mb=2048"])
             .args(["-verbosity=0", "-print_final_stats=1"])
+            .envs(arguments.device.iter().map(|device| ("BERTH_FUZZ_DEVICE", device)))
             .env("RUSTFLAGS", FLAGS)
             // It would win over RUSTFLAGS.
             .env_remove("CARGO_ENCODED_RUSTFLAGS");

@@ -13,7 +13,7 @@ use berth_disk::Format;
 use berth_guest_image::GuestImageError;
 use berth_host::{Cpu, EngineChoice, EngineName};
 use berth_image::{ImageError, VmDisk};
-use berth_machine::options::{DiskOptions, size};
+use berth_machine::options::{DiskOptions, OptionError, size};
 use berth_machine::{
     BoardError, CpuTimeError, EngineKind, Machine, MachineConfig, MachineControl, MachineError, Outcome,
     VirtioError,
@@ -35,6 +35,9 @@ pub enum RunError {
     /// The VM file.
     #[error(transparent)]
     File(#[from] VmFileError),
+    /// Devices that make no sense together.
+    #[error(transparent)]
+    Devices(#[from] OptionError),
     /// The default guest.
     #[error(transparent)]
     Guest(#[from] GuestImageError),
@@ -75,6 +78,7 @@ impl RunError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::File(VmFileError::Content { .. })
+            | Self::Devices(_)
             | Self::Machine(MachineError::Board(BoardError::Virtio(
                 VirtioError::Options(_) | VirtioError::TooMany,
             ))) => ExitCode::from(2),
@@ -99,6 +103,8 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
     if let Some(path) = &arguments.file {
         options = options.or(vm_file::read(path)?);
     }
+    // Before anything is fetched for a VM that cannot be.
+    options.devices().check()?;
     let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
     let home = vm_home::enter(&name, arguments.background)?;
     let result = run_as(&name, home.as_ref(), options, arguments);

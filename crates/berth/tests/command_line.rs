@@ -22,6 +22,8 @@ fn bad_arguments_exit_with_2_and_name_what_was_bad() {
         (&["run", "--cpus", "-1"], "-1"),
         (&["run", "--engine", "warp"], "auto, soft, kvm"),
         (&["run", "--name", "a/b"], "'a/b'"),
+        (&["run", "--net", "user,id=x", "--disk", "a.img,id=x"], "two devices have the id \"x\""),
+        (&["run", "--disk", "a.img,id=disk1", "--disk", "b.img"], "\"disk1\""),
         (&["run", "--no-default-guest"], "--kernel"),
         (&["run", "extra"], "extra"),
         (&["sink"], "sink"),

@@ -11,6 +11,7 @@ mod berth;
 mod console;
 mod guest;
 mod host_programs;
+mod in_process;
 mod initrd;
 pub mod kills;
 mod namespace;
@@ -21,6 +22,7 @@ pub use berth::{BuildError, berth};
 pub use console::Console;
 pub use guest::{Ended, Guest, GuestError};
 pub use host_programs::host_program;
+pub use in_process::InProcess;
 pub use initrd::{File, InitrdError, initrd_with};
 pub use namespace::Namespace;
 pub use noise::Noise;
@@ -47,6 +49,8 @@ pub fn transfer_limit() -> std::time::Duration {
 pub struct Setup {
     /// The `berth` command, built with optimisation.
     pub berth: PathBuf,
+    /// The default guest's kernel.
+    pub kernel: PathBuf,
     /// The default guest's initramfs with the test programs in `/tests`.
     pub initrd: tempfile::NamedTempFile,
 }
@@ -103,5 +107,5 @@ pub fn set_up_with(programs: &Path, of_host: &[&str]) -> Result<Setup, SetupErro
         files.extend(found.ok_or_else(|| SetupError::Lacking(format!("{name} is not installed")))?);
     }
     let initrd = initrd_with(&guest.initrd, &files)?;
-    Ok(Setup { berth, initrd })
+    Ok(Setup { berth, kernel: guest.kernel, initrd })
 }

@@ -29,11 +29,12 @@ pub const PROGRAMS: [&str; 10] =
 const DEVICE_PROGRAMS: [&str; 4] = ["writer", "vsock", "pages", "pagemap"];
 
 /// Scripts for the guest's shell.
-const SCRIPTS: [(&str, &str); 5] = [
+const SCRIPTS: [(&str, &str); 6] = [
     ("fio-rounds.sh", include_str!("../programs/fio-rounds.sh")),
     ("bridged.sh", include_str!("../programs/bridged.sh")),
     ("exchange.sh", include_str!("../programs/exchange.sh")),
     ("measure-disk.sh", include_str!("../programs/measure-disk.sh")),
+    ("obey.sh", include_str!("../programs/obey.sh")),
     ("measure-net.sh", include_str!("../programs/measure-net.sh")),
 ];
 

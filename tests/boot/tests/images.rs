@@ -112,6 +112,13 @@ fn an_image_of_debian_boots_to_a_login_and_a_vm_keeps_what_it_writes() {
     console.expect("'/root/check': No such file").unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(console.wait().unwrap_or_else(|e| panic!("{e}")).code(), Some(0));
 
+    // The same by the virtio console.
+    let mut console = setup.start(&["--name", "web", "--no-network", "--console", "virtio"]);
+    let said = log_in_and_run(&mut console, "web", &["tty"]).unwrap_or_else(|e| panic!("{e}"));
+    assert!(said[0].contains("/dev/hvc0"), "{said:?}");
+    console.type_line("poweroff").unwrap();
+    assert_eq!(console.wait().unwrap_or_else(|e| panic!("{e}")).code(), Some(0));
+
     let refused = setup.command(&["image", "rm", "debian"]).output().unwrap();
     assert_eq!(refused.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&refused.stderr).contains("berth rm web"));

@@ -45,6 +45,8 @@ pub use dma::Dma;
 pub use pci::{PciWiring, VirtioPci, VirtioPciError, VirtioPciState};
 pub use queue::Virtqueue;
 
+#[cfg(test)]
+mod restore_tests;
 #[cfg(any(test, feature = "test-driver"))]
 pub mod testing;
 #[cfg(test)]

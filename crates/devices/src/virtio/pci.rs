@@ -152,6 +152,7 @@ impl VirtioPci {
     /// All that the guest can tell, after [`Self::pause`].
     pub fn state(&self) -> VirtioPciState {
         VirtioPciState {
+            version: STATE_VERSION,
             transport: self.transport.lock().state(),
             interrupts: self.link.interrupts.state(),
             config: self.config.lock().bytes().to_vec(),
@@ -165,6 +166,12 @@ impl VirtioPci {
     /// [`StateError`] when it does not fit; the device is in no good state then.
     pub fn restore(&self, state: &VirtioPciState) -> Result<(), StateError> {
         let bad = |reason: String| StateError { device: self.link.name.clone(), reason };
+        if state.version != STATE_VERSION {
+            return Err(bad(format!(
+                "it has version {}, and this Berth reads {STATE_VERSION}",
+                state.version
+            )));
+        }
         self.transport.lock().restore(&state.transport).map_err(bad)?;
         if !self.link.interrupts.restore(&state.interrupts) {
             return Err(bad("it has another number of interrupts".to_owned()));
@@ -303,9 +310,13 @@ impl Drop for VirtioPci {
     }
 }
 
+/// Counts changes of [`VirtioPciState`] and of what is in it that older ones cannot read.
+const STATE_VERSION: u32 = 1;
+
 /// A saved device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioPciState {
+    version: u32,
     transport: TransportState,
     interrupts: InterruptState,
     config: Vec<u8>,

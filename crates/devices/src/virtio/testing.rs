@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::Mutex;
 
-use super::{Dma, PciWiring, VirtioDevice, VirtioPci};
+use super::{Dma, PciWiring, VirtioDevice, VirtioPci, VirtioPciState};
 use crate::irq::MsiSink;
 use crate::irqchip::InterruptChips;
 use crate::pci::PciFunction;
@@ -56,10 +56,35 @@ pub struct Driver {
     seen: Vec<u16>,
 }
 
+/// A driver whose device was saved, as if its machine had been.
+pub struct Saved {
+    memory: Vec<u8>,
+    device: VirtioPciState,
+    next: Vec<u16>,
+    seen: Vec<u16>,
+}
+
 /// A descriptor: address, length, flags, next.
 pub type Descriptor = (u64, u32, u16, u16);
 
 impl Driver {
+    /// Pauses the device and saves it with its memory; what `meanwhile` does comes between the two.
+    pub fn save(mut self, meanwhile: impl FnOnce(&mut Self)) -> Saved {
+        self.pci.pause();
+        meanwhile(&mut self);
+        let memory = self.get(0, MEMORY as usize);
+        Saved { memory, device: self.pci.state(), next: self.next.clone(), seen: self.seen.clone() }
+    }
+
+    /// Puts `device` on PCI as what was saved, and goes on.
+    pub fn restore(device: Arc<dyn VirtioDevice>, saved: &Saved) -> Self {
+        let this = Self { next: saved.next.clone(), seen: saved.seen.clone(), ..Self::new(device) };
+        this.put(0, &saved.memory);
+        this.pci.restore(&saved.device).expect("the state of such a device");
+        this.pci.resume();
+        this
+    }
+
     /// Puts `device` on PCI. Nothing is set up yet.
     pub fn new(device: Arc<dyn VirtioDevice>) -> Self {
         let timers = Timers::start("test").expect("a timer thread");

@@ -13,21 +13,26 @@ mod packet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
 use super::device::read_config_bytes;
 use super::events::{Poll, Worker};
-use super::{Chain, DeviceKind, Session, VirtioDevice, Virtqueue};
+use super::{Chain, DeviceKind, DeviceState, Session, VirtioDevice, Virtqueue};
 use muxer::{LISTENER, MAX_DATA, Muxer, listen};
 use packet::{HEADER, Header};
 
 const QUEUE_SIZE: u16 = 256;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENTS: usize = 2;
 /// Tokens above those of connections.
 const RECEIVE_TOKEN: u64 = LISTENER + 1;
 const TRANSMIT_TOKEN: u64 = LISTENER + 2;
+const EVENTS_TOKEN: u64 = LISTENER + 3;
+/// The event that all connections are gone (virtio 1.2, 5.10.6.7).
+const TRANSPORT_RESET: u32 = 0;
 /// Most packets to the guest before other events have their turn.
 const BATCH: usize = 64;
 
@@ -37,6 +42,8 @@ pub struct Vsock {
     path: PathBuf,
     /// The connections live on while the device pauses.
     muxer: Arc<Mutex<Muxer>>,
+    /// The guest was restored and must hear that its connections are gone.
+    is_reset: Arc<AtomicBool>,
     thread_name: String,
     worker: Mutex<Option<Worker>>,
 }
@@ -49,7 +56,8 @@ impl Vsock {
     /// What the host says; `AddrInUse` when another process listens there.
     pub fn new(cid: u32, path: &Path, thread_name: String) -> io::Result<Self> {
         let muxer = Arc::new(Mutex::new(Muxer::new(cid.into(), path, listen(path)?)));
-        Ok(Self { cid, path: path.to_owned(), muxer, thread_name, worker: Mutex::new(None) })
+        let (path, is_reset) = (path.to_owned(), Arc::default());
+        Ok(Self { cid, path, muxer, is_reset, thread_name, worker: Mutex::new(None) })
     }
 }
 
@@ -83,9 +91,11 @@ impl VirtioDevice for Vsock {
         else {
             return Ok(());
         };
-        let muxer = self.muxer.clone();
+        let (muxer, events, is_reset) =
+            (self.muxer.clone(), session.take_queue(EVENTS), self.is_reset.clone());
         let worker = Worker::spawn(self.thread_name.clone(), move |poll| {
-            serve(&poll, &mut muxer.lock(), &receive, &transmit)
+            let events = events.as_ref().map(|queue| (queue, &*is_reset));
+            serve(&poll, &mut muxer.lock(), &receive, &transmit, events)
         })?;
         *self.worker.lock() = Some(worker);
         Ok(())
@@ -97,17 +107,36 @@ impl VirtioDevice for Vsock {
 
     fn reset(&self) {
         self.muxer.lock().clear();
+        self.is_reset.store(false, Ordering::Release);
+    }
+
+    /// Connections do not survive: their host programs are gone, or were never here.
+    fn restore(&self, state: &DeviceState) -> Result<(), String> {
+        let DeviceState::Stateless = state else { return Err(DeviceState::other_kind()) };
+        self.muxer.lock().clear();
+        self.is_reset.store(true, Ordering::Release);
+        Ok(())
     }
 }
 
-fn serve(poll: &Poll, muxer: &mut Muxer, receive: &Virtqueue, transmit: &Virtqueue) -> io::Result<()> {
+fn serve(
+    poll: &Poll,
+    muxer: &mut Muxer,
+    receive: &Virtqueue,
+    transmit: &Virtqueue,
+    events: Option<(&Virtqueue, &AtomicBool)>,
+) -> io::Result<()> {
     poll.add(receive.doorbell(), RECEIVE_TOKEN)?;
     poll.add(transmit.doorbell(), TRANSMIT_TOKEN)?;
     poll.add(muxer.listener_fd(), LISTENER)?;
+    if let Some((queue, _)) = events {
+        // Readable at the start, too.
+        poll.add(queue.doorbell(), EVENTS_TOKEN)?;
+    }
     muxer.attach(poll);
     let mut data = vec![0; MAX_DATA];
-    while let Some(events) = poll.wait(None)? {
-        for (token, ready) in events {
+    while let Some(ready) = poll.wait(None)? {
+        for (token, ready) in ready {
             match token {
                 LISTENER => muxer.accept(poll),
                 RECEIVE_TOKEN => receive.clear_doorbell(),
@@ -121,12 +150,31 @@ fn serve(poll: &Poll, muxer: &mut Muxer, receive: &Virtqueue, transmit: &Virtque
                         transmit.push(head, 0);
                     });
                 }
+                EVENTS_TOKEN => {
+                    if let Some((queue, is_reset)) = events {
+                        queue.clear_doorbell();
+                        tell_of_reset(queue, is_reset);
+                    }
+                }
                 connection => muxer.ready(connection, ready),
             }
         }
         deliver(muxer, receive, &mut data);
     }
     Ok(())
+}
+
+/// Tells the guest that its connections are gone, if they are and it has a buffer for that.
+fn tell_of_reset(queue: &Virtqueue, is_reset: &AtomicBool) {
+    if !is_reset.load(Ordering::Acquire) {
+        return;
+    }
+    if let Some(mut chain) = queue.pop() {
+        let written = chain.writable.write(queue.dma(), &TRANSPORT_RESET.to_le_bytes());
+        queue.push(chain.head, written as u32);
+        queue.signal();
+        is_reset.store(false, Ordering::Release);
+    }
 }
 
 /// Gives the guest packets as long as it has buffers, up to a batch.
