@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use berth_machine::options::DeviceOptions;
+use berth_machine::options::{DeviceOptions, MemoryOptions};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError};
 
 use crate::Setup;
@@ -36,7 +36,7 @@ impl InProcess {
             name: "in-process".to_owned(),
             engine: EngineKind::Soft,
             vcpus: 2,
-            memory_bytes: memory,
+            memory: MemoryOptions::of_size(memory),
             kernel: setup.kernel.clone(),
             initrd: Some(PathBuf::from(setup.initrd.path())),
             cmdline: format!("{} \"berth.run=sh /tests/obey.sh\"", berth_guest_image::KERNEL_PARAMETERS),
