@@ -85,6 +85,13 @@ fn beyond_4_gib(case: &Case, native: &Outcome, soft: &Outcome) -> bool {
         && soft.rip == native.rip
 }
 
+/// No case has INT1, which is not what it should be under a hypervisor that intercepts #DB; but a return to a changed
+/// address can lead to its byte in the middle of another instruction.
+fn astray_at_int1(case: &Case, native: &Outcome) -> bool {
+    native.vector == vector::DB
+        && instruction_at(case, native.rip).is_some_and(|insn| insn.mnemonic() == M::Int1)
+}
+
 /// Everything that differs between the native and the soft outcome of `case`.
 pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Difference> {
     let mut list = Vec::new();
@@ -95,7 +102,7 @@ pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Differe
     if tolerance.any_operand && both || tolerance.all && access(native.vector) {
         return list;
     }
-    if beyond_4_gib(case, native, soft) {
+    if beyond_4_gib(case, native, soft) || astray_at_int1(case, native) {
         return list;
     }
     let mut number = |what: &str, native: u64, soft: u64| {
