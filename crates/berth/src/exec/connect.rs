@@ -19,6 +19,9 @@ const TRY_AGAIN: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_secs(1);
 /// Shortest time that an agent gets to answer at all.
 const LEAST: Duration = Duration::from_millis(500);
+/// How long the first attempt waits for an answer; each further one twice as long. A guest whose driver was just starting
+/// may have lost the request.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Longest answer of the vsock device: `OK` and a port.
 const MAX_ANSWER: usize = 32;
 
@@ -156,6 +159,7 @@ impl Target {
         let mut wait = Wait::new(self, timeout.max(LEAST));
         loop {
             let is_last = wait.is_over() || timeout.is_zero();
+            wait.begin_attempt();
             match self.attempt(&mut wait)? {
                 Attempt::Done(link) => return Ok(link),
                 Attempt::Silent => {
@@ -236,17 +240,32 @@ struct Wait<'a> {
     deadline: Instant,
     /// When it is looked again at the VM.
     look: Instant,
+    /// When the attempt is given up for another one, and how long the next one may take.
+    attempt_until: Instant,
+    patience: Duration,
     progress: Option<Progress>,
 }
 
 impl<'a> Wait<'a> {
     fn new(target: &'a Target, timeout: Duration) -> Self {
         let now = Instant::now();
-        Self { target, deadline: now + timeout, look: now + SILENCE, progress: None }
+        Self {
+            target,
+            deadline: now + timeout,
+            look: now + SILENCE,
+            attempt_until: now,
+            patience: PATIENCE,
+            progress: None,
+        }
     }
 
     fn is_over(&self) -> bool {
         Instant::now() >= self.deadline
+    }
+
+    fn begin_attempt(&mut self) {
+        self.attempt_until = Instant::now() + self.patience;
+        self.patience = self.patience.saturating_mul(2);
     }
 
     fn pause(&mut self) -> Result<(), ConnectError> {
@@ -268,12 +287,16 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// Reads; `None` when time is over. 0 is the end of the stream, however it came.
+    /// Reads; `None` when time is over. 0 is the end of the stream, however it came, or of this attempt.
     fn read(&mut self, mut stream: &UnixStream, buffer: &mut [u8]) -> Result<Option<usize>, ConnectError> {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
+            }
+            let left = left.min(self.attempt_until.saturating_duration_since(Instant::now()));
+            if left.is_zero() {
+                return Ok(Some(0));
             }
             let read = stream.set_read_timeout(Some(left.min(SILENCE))).and_then(|()| stream.read(buffer));
             match read {
