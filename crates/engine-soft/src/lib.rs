@@ -69,16 +69,12 @@ pub(crate) struct DebugFlags {
     pub no_slots: bool,
     /// `nocalls`: calls and returns are jumps.
     pub no_calls: bool,
-    /// `nodead`: flags are saved before every check, also where nothing reads them.
-    pub no_dead_flags: bool,
-    /// `nodirect`: the address of every memory operand is computed before its check.
-    pub no_direct: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
 }
 
 impl DebugFlags {
-    const KNOWN: &str = "nochain, notlb, noslots, nocalls, nodead, nodirect and notrim";
+    const KNOWN: &str = "nochain, notlb, noslots, nocalls and notrim";
 
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
@@ -89,8 +85,6 @@ impl DebugFlags {
                 "notlb" => flags.no_tlb = true,
                 "noslots" => flags.no_slots = true,
                 "nocalls" => flags.no_calls = true,
-                "nodead" => flags.no_dead_flags = true,
-                "nodirect" => flags.no_direct = true,
                 "notrim" => flags.no_trim = true,
                 other => {
                     tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are {}", Self::KNOWN)

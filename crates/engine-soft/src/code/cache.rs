@@ -130,8 +130,6 @@ pub struct CacheStats {
 pub(crate) struct Located {
     pub rip: u64,
     pub site: SiteKind,
-    /// Host address where the block goes on, if the exception is found there.
-    pub redirect: Option<u64>,
 }
 
 /// A jump that wants to be linked.
@@ -379,8 +377,7 @@ impl CodeCache {
             SiteKind::Instruction { offset, .. } => block.key().rip.wrapping_add(u64::from(offset)),
             SiteKind::Poll { index, .. } => block.poll(index)?,
         };
-        let redirect = block.redirect(site.host).map(|to| self.memory.address(block.start + to));
-        Some(Located { rip, site: site.what, redirect })
+        Some(Located { rip, site: site.what })
     }
 
     /// Drops everything. No vCPU may be inside translated code. `unmark` is called for each guest physical page

@@ -2,22 +2,18 @@
 //!
 //! The flags stay in the host's flags as long as nothing destroys them. TLB checks and helpers do; before
 //! them the flags are saved to the state block, if the host's are newer. So at every instruction that can fault
-//! the flags are in a known place, and state is precise. Flags that nothing reads may be in neither place for a while;
-//! then it is known how to compute them again (`liveness.rs`).
+//! the flags are in a known place, and state is precise.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
-use super::liveness::Recover;
 use crate::code::asm::Asm;
 use crate::code::block::FlagsPlace;
 
-/// The current place. If neither is true, `recover` is known.
+/// The current place. At least one of the two is true.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flags {
     host: bool,
     memory: bool,
-    /// How to compute them again, while that is possible and nothing reads them.
-    recover: Option<Recover>,
 }
 
 const ARITHMETIC: u32 =
@@ -73,13 +69,12 @@ fn may_leave_flags(insn: &Instruction) -> bool {
 
 #[expect(clippy::wrong_self_convention, reason = "the flags go to memory or to the host")]
 impl Flags {
-    pub(crate) const HOST: Self = Self { host: true, memory: false, recover: None };
-    pub(crate) const MEMORY: Self = Self { host: false, memory: true, recover: None };
+    pub(crate) const HOST: Self = Self { host: true, memory: false };
+    pub(crate) const MEMORY: Self = Self { host: false, memory: true };
 
     /// Makes sure that the state block has the flags. Clobbers r11 if it has to save them.
     pub(crate) fn to_memory(&mut self, asm: &mut Asm) {
         if !self.memory {
-            self.to_host(asm);
             asm.save_flags();
             self.memory = true;
         }
@@ -87,27 +82,14 @@ impl Flags {
 
     /// Something destroyed the host's flags; the state block has them.
     pub(crate) fn host_lost(&mut self) {
-        debug_assert!(self.memory || self.recover.is_some());
+        debug_assert!(self.memory);
         self.host = false;
     }
 
-    /// Nothing but exceptions reads the flags that were just set, and this computes them again.
-    pub(crate) fn set_recover(&mut self, recover: Recover) {
-        self.recover = Some(recover);
-    }
-
-    /// How to compute the flags again instead of saving them.
-    pub(crate) fn recover(self) -> Option<Recover> {
-        if self.memory { None } else { self.recover }
-    }
-
-    /// Makes sure that the host's flags are the guest's. Clobbers r11.
+    /// Makes sure that the host's flags are the guest's.
     pub(crate) fn to_host(&mut self, asm: &mut Asm) {
         if !self.host {
-            match self.recover() {
-                Some(recover) => recover.emit(asm),
-                None => asm.restore_flags(),
-            }
+            asm.restore_flags();
             self.host = true;
         }
     }
