@@ -10,7 +10,7 @@
 //! handler must not block; what takes time is asked of the machine with a callback (see `routes/control.rs`).
 //!
 //! Only the VM's owner and root may connect: the socket has mode 0600, and who connects is asked of the kernel too,
-//! because `--api-socket` may be anywhere ([`peer`]).
+//! because `--api-socket` may be anywhere (`peer`).
 //!
 //! How to add a route: see the head of the crate `berth-api`.
 

@@ -160,7 +160,7 @@ impl VmOptions {
         self.engine.unwrap_or(Engine::Auto)
     }
 
-    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    /// Number of vCPUs, 1 to `MAX_VCPUS`.
     pub fn cpus(&self) -> u8 {
         self.cpus.as_ref().map_or(1, |cpus| cpus.count)
     }
