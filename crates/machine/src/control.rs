@@ -78,7 +78,7 @@ impl MachineControl {
     /// long. With an idle time of 0 it does not matter how cold pages are. They come back when they are touched.
     ///
     /// # Errors
-    /// [`ReclaimError`] when the host or the engine lacks what it needs; then nothing was taken.
+    /// `ReclaimError` when the host or the engine lacks what it needs; then nothing was taken.
     pub fn reclaim(&self, bytes: u64, idle: Duration) -> Result<Evicted, ReclaimError> {
         self.reclaimer.reclaim(bytes, idle)
     }
