@@ -160,7 +160,7 @@ impl Engine for SoftEngine {
 
     fn remove_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) {}
 
-    /// The addresses in the software TLBs go, so that the next access to each page comes by [`memory::HostMap`].
+    /// The addresses in the software TLBs go, so that the next access to each page comes by `memory::HostMap`.
     fn begin_access_period(&self) -> bool {
         self.vm.begin_access_period();
         true
