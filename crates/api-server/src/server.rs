@@ -9,6 +9,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use berth_api::types::{Ending, VmDescription, VmInfo, VmState};
 use berth_devices::thread_name;
 use berth_machine::{MachineControl, MachineState};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
@@ -134,6 +136,7 @@ impl Server {
 }
 
 async fn serve(shared: Arc<Shared>, listener: std::os::unix::net::UnixListener) -> io::Result<()> {
+    let Some(listener) = first_client(listener, shared.ending.clone()).await? else { return Ok(()) };
     let listener = UnixListener::from_std(listener)?;
     let app = routes::app(shared.clone()).into_make_service_with_connect_info::<Peer>();
     let mut ending = shared.ending.clone();
@@ -157,4 +160,20 @@ async fn serve(shared: Arc<Shared>, listener: std::os::unix::net::UnixListener) 
         result = all => result,
         () = last_words => Ok(()),
     }
+}
+
+/// Waits until a client wants to connect; `None`: the VM has ended before. The routes are made only then, because they
+/// and their code would be a third of the memory that a small VM takes besides its guest's.
+async fn first_client(
+    listener: std::os::unix::net::UnixListener,
+    mut ending: watch::Receiver<Option<Ending>>,
+) -> io::Result<Option<std::os::unix::net::UnixListener>> {
+    // SAFETY: a UnixListener owns one descriptor, which stays open and the same until `into_inner` or the drop.
+    let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?;
+    tokio::select! {
+        biased;
+        ready = listener.readable() => drop(ready?),
+        _ = ending.wait_for(Option::is_some) => return Ok(None),
+    }
+    Ok(Some(listener.into_inner()))
 }
