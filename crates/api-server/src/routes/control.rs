@@ -177,6 +177,9 @@ pub async fn reclaim(
     Body(wanted): Body<ReclaimRequest>,
 ) -> Answer<Json<Reclaimed>> {
     alive(&shared)?;
+    if wanted.bytes > ReclaimRequest::MAX_BYTES {
+        return Err(Failure::unprocessable(format!("bytes: at most {}", ReclaimRequest::MAX_BYTES)));
+    }
     if wanted.idle_seconds > ReclaimRequest::MAX_IDLE {
         return Err(Failure::unprocessable(format!("idle_seconds: at most {}", ReclaimRequest::MAX_IDLE)));
     }

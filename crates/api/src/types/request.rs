@@ -44,18 +44,20 @@ impl BalloonRequest {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReclaimRequest {
-    /// Memory to take at most, in bytes.
-    #[schema(minimum = 0)]
+    /// Memory to take at most, in bytes, up to 2^50.
+    #[schema(minimum = 0, maximum = 1125899906842624u64)]
     pub bytes: u64,
     /// Only what the guest does not use for so many seconds, which the request waits; 0: whatever is coldest. [default: 5]
-    #[schema(minimum = 0, maximum = 3600, default = 5)]
+    #[schema(minimum = 0, maximum = 60, default = 5)]
     #[serde(default = "default_idle")]
     pub idle_seconds: u32,
 }
 
 impl ReclaimRequest {
-    /// Longest time to watch, in seconds.
-    pub const MAX_IDLE: u32 = 3600;
+    /// Most to take, in bytes: more than any VM has.
+    pub const MAX_BYTES: u64 = 1 << 50;
+    /// Longest time to watch, in seconds: the request waits for it.
+    pub const MAX_IDLE: u32 = 60;
 }
 
 fn default_idle() -> u32 {

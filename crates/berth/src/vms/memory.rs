@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use berth_api::types::ReclaimRequest;
 use berth_machine::options::{ByteSize, size};
 use clap::Args;
 
@@ -16,17 +17,17 @@ pub struct ReclaimArguments {
     #[arg(short, long, value_name = "SIZE", value_parser = parse_size)]
     size: Option<ByteSize>,
     /// Take only what the guest does not use for so many seconds; 0 takes whatever is coldest
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=i64::from(ReclaimRequest::MAX_IDLE)))]
     idle: u32,
 }
 
 fn parse_size(text: &str) -> Result<ByteSize, size::SizeError> {
-    size::parse(text, 0..=u64::MAX).map(ByteSize)
+    size::parse(text, 0..=ReclaimRequest::MAX_BYTES).map(ByteSize)
 }
 
 /// `berth reclaim`.
 pub fn reclaim(arguments: &ReclaimArguments) -> Result<ExitCode, VmsError> {
-    let bytes = arguments.size.map_or(u64::MAX, |size| size.0);
+    let bytes = arguments.size.map_or(ReclaimRequest::MAX_BYTES, |size| size.0);
     for_each(&arguments.names.names, |name| {
         let taken = LiveVm::find(name)?.ask(|client| client.reclaim(bytes, arguments.idle))?;
         let (all, zero) = (size::show(taken.bytes), size::show(taken.zero_bytes));
