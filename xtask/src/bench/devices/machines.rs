@@ -1,7 +1,9 @@
 //! The commands: VMs of both sides, and what they talk to.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -169,6 +171,8 @@ pub struct Passt {
 /// Starts one, as Berth does it.
 pub fn passt() -> Result<Passt, String> {
     let directory = tempfile::tempdir().map_err(|e| e.to_string())?;
+    // Started by root it goes on as nobody, who makes the socket.
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).map_err(|e| e.to_string())?;
     let socket = directory.path().join("passt");
     let mut command = Command::new("passt");
     command.args(["--foreground", "--quiet", "--mtu", USER_MTU, "--socket"]).arg(&socket);

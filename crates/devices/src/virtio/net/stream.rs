@@ -60,9 +60,9 @@ pub struct Stream {
 /// What is under way.
 #[derive(Default)]
 struct StreamBuffers {
-    /// What was read; the first `taken` bytes of it went to the guest.
+    /// What was read, in [`BUFFER`] bytes, and which part of it the guest has not got yet.
     input: Vec<u8>,
-    taken: usize,
+    unread: std::ops::Range<usize>,
     /// What the socket did not take.
     output: Vec<u8>,
 }
@@ -77,6 +77,10 @@ impl Stream {
         let (socket, theirs) = UnixStream::pair().map_err(StreamError::Start)?;
         let theirs = OwnedFd::from(theirs);
         let fd = theirs.as_raw_fd();
+        // What does not fit is sent again only after a while. passt does the same for a socket that it makes itself.
+        for fd in [socket.as_raw_fd(), fd] {
+            enlarge_buffer(fd);
+        }
         let mut command = Command::new("passt");
         command.args(["--foreground", "--quiet", "--fd", &fd.to_string()]);
         command.args(["--mtu", &PASST_MTU.to_string()]);
@@ -129,6 +133,21 @@ impl Stream {
             .map_err(|source| StreamError::Connect { path: path.display().to_string(), source })?;
         Ok(Self { socket, passt: Mutex::new(None), mtu: None, buffers: Arc::default() })
     }
+}
+
+/// Lets a socket hold as much as the host allows, for what is sent by it.
+fn enlarge_buffer(socket: RawFd) {
+    let size = libc::c_int::MAX / 2;
+    // SAFETY: pointer and length are those of one live integer. Refused, the socket keeps its size.
+    unsafe {
+        libc::setsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            libc::SO_SNDBUF,
+            (&raw const size).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
 }
 
 /// Waits a moment for a program that ends at once because its options are wrong, which closes its end of `socket`.
@@ -186,34 +205,33 @@ struct StreamPort {
 impl StreamBuffers {
     /// The next whole packet of what was read.
     fn packet(&self) -> io::Result<Option<std::ops::Range<usize>>> {
-        let rest = &self.input[self.taken..];
+        let rest = &self.input[self.unread.clone()];
         let Some((length, rest)) = rest.split_first_chunk::<LENGTH>() else { return Ok(None) };
         let length = u32::from_be_bytes(*length) as usize;
         if length as u64 > MAX_PACKET {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a packet longer than any"));
         }
-        let start = self.taken + LENGTH;
+        let start = self.unread.start + LENGTH;
         Ok((rest.len() >= length).then_some(start..start + length))
     }
 
     /// Reads more; `false` when there is nothing now.
     fn fill(&mut self, mut socket: &UnixStream) -> io::Result<bool> {
-        self.input.drain(..self.taken);
-        self.taken = 0;
-        let old = self.input.len();
+        // Less than a packet: there is room for its rest.
         self.input.resize(BUFFER, 0);
-        let result = loop {
-            match socket.read(&mut self.input[old..]) {
+        self.input.copy_within(self.unread.clone(), 0);
+        self.unread = 0..self.unread.len();
+        loop {
+            match socket.read(&mut self.input[self.unread.end..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => {
+                    self.unread.end += n;
+                    return Ok(true);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                result => break result,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) => return Err(e),
             }
-        };
-        self.input.truncate(old + result.as_ref().map_or(0, |&n| n));
-        match result {
-            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => Ok(true),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(e) => Err(e),
         }
     }
 }
@@ -287,7 +305,7 @@ impl Port for StreamPort {
                 None => return Ok(None),
             }
         };
-        buffers.taken = range.end;
+        buffers.unread.start = range.end;
         let mut header = [0; HEADER];
         // It came from a program of this host.
         header[0] = if self.checked { DATA_VALID } else { 0 };
