@@ -176,7 +176,7 @@ fn program(program: &Path, arguments: &[&str]) -> Result<(), KillsError> {
 fn verify(raw: &Path, place: u64, round: u64) -> Result<(), String> {
     let output = Command::new("fio")
         .args(["--name=round", "--rw=randwrite", "--bs=4k", "--size=1M", "--ioengine=psync"])
-        .args(["--verify=pattern", "--verify_only", "--verify_fatal=1", "--minimal"])
+        .args(["--verify=pattern", "--verify_only", "--verify_fatal=1", "--verify_state_save=0", "--minimal"])
         .arg(format!("--filename={}", raw.display()))
         .arg(format!("--offset={}M", place % PARTS))
         .arg(format!("--randseed={round}"))
