@@ -1,7 +1,7 @@
 //! What must be equal in two outcomes, and what differs.
 
 use berth_cpu::bits::{gpr, pf_error, vector};
-use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic as M};
+use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic as M, Register};
 
 use crate::case::{Case, CodeMode, Outcome};
 use crate::flow::undefined_at;
@@ -85,6 +85,22 @@ fn beyond_4_gib(case: &Case, native: &Outcome, soft: &Outcome) -> bool {
         && soft.rip == native.rip
 }
 
+/// An offset that only its segment's base makes canonical: Zen 5 has been seen to find the offset itself not canonical
+/// (#GP), where the linear address is what counts (SDM volume 1, 3.3.7.1).
+fn canonical_by_its_base(case: &Case, native: &Outcome, soft: &Outcome) -> bool {
+    let canonical = |address: u64| ((address as i64) << 16 >> 16) as u64 == address;
+    let base = instruction_at(case, native.rip).and_then(|insn| match insn.memory_segment() {
+        Register::FS => Some(native.fs_base),
+        Register::GS => Some(native.gs_base),
+        _ => None,
+    });
+    case.mode == CodeMode::Bits64
+        && native.vector == vector::GP
+        && soft.vector == vector::PF
+        && soft.rip == native.rip
+        && base.is_some_and(|base| !canonical(soft.cr2.wrapping_sub(base)))
+}
+
 /// No case has INT1, which is not what it should be under a hypervisor that intercepts #DB; but a return to a changed
 /// address can lead to its byte in the middle of another instruction.
 fn astray_at_int1(case: &Case, native: &Outcome) -> bool {
@@ -102,7 +118,7 @@ pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Differe
     if tolerance.any_operand && both || tolerance.all && access(native.vector) {
         return list;
     }
-    if beyond_4_gib(case, native, soft) || astray_at_int1(case, native) {
+    if beyond_4_gib(case, native, soft) || canonical_by_its_base(case, native, soft) || astray_at_int1(case, native) {
         return list;
     }
     let mut number = |what: &str, native: u64, soft: u64| {
