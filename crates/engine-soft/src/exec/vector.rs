@@ -121,8 +121,8 @@ pub fn masked_move(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
     let mask = cpu.s.ymm[register(insn, 1)];
     let count = insn.op_register(1).size() / size;
     let (seg, offset) = (operands::segment(&cpu.s, insn), operands::offset(&cpu.s, insn));
-    let address_mask = operands::mask(operands::address_size(insn));
-    let at = |i: usize| offset.wrapping_add((i * size) as u64) & address_mask;
+    let at = within_access(cpu, offset);
+    let at = |i: usize| at(i * size);
     let selected: Vec<usize> = (0..count).filter(|&i| is_selected(&mask, size, i)).collect();
     if operands::is_memory(insn, 0) {
         let from = cpu.s.ymm[register(insn, 2)];
@@ -181,8 +181,8 @@ pub fn maskmovq(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
 
 /// Stores the bytes whose mask byte has its top bit set, all or none.
 fn store_bytes(cpu: &mut Cpu, insn: &Instruction, data: &[u8], mask: &[u8]) -> Guest<()> {
-    let (seg, offset, address_mask) = string_destination(cpu, insn);
-    let at = |i: usize| offset.wrapping_add(i as u64) & address_mask;
+    let (seg, offset) = string_destination(cpu, insn);
+    let at = within_access(cpu, offset);
     // Whatever the mask selects (measured on AMD's Zen 5).
     cpu.require_aligned(seg, offset, 1, Access::Write, 8)?;
     let selected = || mask.iter().enumerate().filter(|(_, m)| **m & 0x80 != 0).map(|(i, _)| i);
@@ -195,14 +195,21 @@ fn store_bytes(cpu: &mut Cpu, insn: &Instruction, data: &[u8], mask: &[u8]) -> G
     Ok(())
 }
 
-/// Where rDI points: segment (DS unless overridden), offset, and the mask of the address size.
-fn string_destination(cpu: &Cpu, insn: &Instruction) -> (Seg, u64, u64) {
+/// Offsets of the bytes of one access at `offset`: the address size cuts only its beginning, so that with 32-bit
+/// addresses in 64-bit code it can go on beyond 4 GiB.
+fn within_access(cpu: &Cpu, offset: u64) -> impl Fn(usize) -> u64 + use<> {
+    let mask = if cpu.s.is_64bit() { u64::MAX } else { 0xffff_ffff };
+    move |byte| offset.wrapping_add(byte as u64) & mask
+}
+
+/// Where rDI points: segment (DS unless overridden) and offset.
+fn string_destination(cpu: &Cpu, insn: &Instruction) -> (Seg, u64) {
     let address_mask = match insn.op0_kind() {
         OpKind::MemorySegDI => 0xffff,
         OpKind::MemorySegEDI => 0xffff_ffff,
         _ => u64::MAX,
     };
-    (operands::segment(&cpu.s, insn), cpu.s.gpr[gpr::RDI] & address_mask, address_mask)
+    (operands::segment(&cpu.s, insn), cpu.s.gpr[gpr::RDI] & address_mask)
 }
 
 #[cfg(test)]

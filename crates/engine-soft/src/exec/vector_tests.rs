@@ -105,6 +105,16 @@ fn masked_moves_do_not_touch_what_is_masked() {
     assert_eq!(m.read(0x5ff0, 4), 7, "all or nothing");
 }
 
+/// As a CPU does it: the address size cuts the address of the access, not those of its elements.
+#[test]
+fn a_masked_move_with_a_32_bit_address_goes_on_beyond_4_gib() {
+    let mut m = machine();
+    m.cpu.s.gpr[gpr::RBX] = 0xffff_fff8;
+    m.cpu.s.ymm[1] = dwords([0, 0, 0, 0, 0, 0, -1, 0]);
+    let fault = m.run(&[0x67, 0xc4, 0xe2, 0x75, 0x8c, 0x03]).unwrap_err(); // vpmaskmovd ymm0, ymm1, [ebx]
+    assert_eq!((fault.vector, fault.address), (vector::PF, 0x1_0000_0010));
+}
+
 #[test]
 fn maskmovdqu_stores_selected_bytes() {
     let mut m = machine();
