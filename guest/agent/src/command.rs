@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use berth_agent_protocol::{Exec, FailureKind};
+use nix::sys::signal::SigSet;
 use nix::unistd::{Gid, Uid, chdir, fchown, setgid, setgroups, setsid, setuid};
 
 use crate::connection::set_nonblocking;
@@ -113,6 +114,8 @@ pub fn start(exec: &Exec) -> Result<(Process, Ends), CommandError> {
     let (has_terminal, switch) = (exec.tty.is_some(), exec.user.is_some());
     let groups: Vec<Gid> = user.groups.iter().map(|&g| Gid::from_raw(g)).collect();
     let become_it = move || {
+        // Whoever started the agent may have blocked signals, as an init does that reads them from a descriptor.
+        SigSet::empty().thread_set_mask()?;
         setsid()?;
         if has_terminal {
             terminal::control_by_stdin()?;
@@ -125,8 +128,8 @@ pub fn start(exec: &Exec) -> Result<(Process, Ends), CommandError> {
         }
         Ok(chdir(directory.as_c_str())?)
     };
-    // SAFETY: this process has one thread, so that nothing holds a lock in the child; it only makes system calls. The
-    // signal mask and SIGPIPE are reset by the standard library.
+    // SAFETY: this process has one thread, so that nothing holds a lock in the child; it only makes system calls.
+    // SIGPIPE is reset by the standard library.
     unsafe { command.pre_exec(become_it) };
     let said = || String::from_utf8_lossy(program).into_owned();
     let child = command.spawn().map_err(|source| CommandError::Program { program: said(), source })?;

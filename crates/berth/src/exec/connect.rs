@@ -19,9 +19,6 @@ const TRY_AGAIN: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_secs(1);
 /// Shortest time that an agent gets to answer at all.
 const LEAST: Duration = Duration::from_millis(500);
-/// How long the first attempt waits for an answer; each further one twice as long. A guest whose driver was just starting
-/// may have lost the request.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// Longest answer of the vsock device: `OK` and a port.
 const MAX_ANSWER: usize = 32;
 
@@ -112,9 +109,13 @@ enum Attempt {
 /// A VM whose agent is wanted.
 pub struct Target {
     name: String,
-    socket: PathBuf,
-    /// None if only its socket is known.
-    vm: Option<LiveVm>,
+    at: At,
+}
+
+enum At {
+    /// Only its socket is known.
+    Socket(PathBuf),
+    Vm(Box<LiveVm>),
 }
 
 impl Target {
@@ -124,22 +125,32 @@ impl Target {
     /// [`ConnectError`].
     pub fn new(name: &Name, socket: Option<&Path>) -> Result<Self, ConnectError> {
         let name_text = name.as_str().to_owned();
-        if let Some(socket) = socket {
-            return Ok(Self { name: name_text, socket: socket.to_owned(), vm: None });
-        }
-        let vm = LiveVm::find(name)?;
-        let socket = match vm.directory().description() {
-            Some(description) => description.vsock.map(|vsock| vsock.path),
-            // It has only begun.
-            None => Some(vm.directory().default_vsock()),
+        let at = match socket {
+            Some(socket) => At::Socket(socket.to_owned()),
+            None => At::Vm(Box::new(LiveVm::find(name)?)),
         };
-        let socket = socket.ok_or_else(|| ConnectError::NoSocket { name: name_text.clone() })?;
-        Ok(Self { name: name_text, socket, vm: Some(vm) })
+        let target = Self { name: name_text, at };
+        // Known at once, unless the VM has only begun.
+        target.socket()?;
+        Ok(target)
+    }
+
+    /// Where to connect; `None` while the VM has not said it. To be asked anew for each attempt.
+    fn socket(&self) -> Result<Option<PathBuf>, ConnectError> {
+        let vm = match &self.at {
+            At::Socket(socket) => return Ok(Some(socket.clone())),
+            At::Vm(vm) => vm,
+        };
+        let Some(description) = vm.directory().description() else { return Ok(None) };
+        match description.vsock {
+            Some(vsock) => Ok(Some(vsock.path)),
+            None => Err(ConnectError::NoSocket { name: self.name.clone() }),
+        }
     }
 
     /// Whether it is worth while to wait for the VM.
     fn look_at_vm(&self) -> Result<(), ConnectError> {
-        let Some(vm) = &self.vm else { return Ok(()) };
+        let At::Vm(vm) = &self.at else { return Ok(()) };
         let name = || self.name.clone();
         if !vm.directory().is_alive() {
             return Err(ConnectError::Ended { name: name() });
@@ -159,7 +170,6 @@ impl Target {
         let mut wait = Wait::new(self, timeout.max(LEAST));
         loop {
             let is_last = wait.is_over() || timeout.is_zero();
-            wait.begin_attempt();
             match self.attempt(&mut wait)? {
                 Attempt::Done(link) => return Ok(link),
                 Attempt::Silent => {
@@ -176,12 +186,15 @@ impl Target {
     }
 
     fn attempt(&self, wait: &mut Wait<'_>) -> Result<Attempt, ConnectError> {
-        let mut stream = match UnixStream::connect(&self.socket) {
+        let Some(socket) = self.socket()? else { return Ok(Attempt::Refused) };
+        let mut stream = match UnixStream::connect(&socket) {
             Ok(stream) => stream,
             // A VM that lives makes its socket soon.
-            Err(e) if e.kind() == ErrorKind::NotFound && self.vm.is_some() => return Ok(Attempt::Refused),
+            Err(e) if e.kind() == ErrorKind::NotFound && matches!(self.at, At::Vm(_)) => {
+                return Ok(Attempt::Refused);
+            }
             Err(source) => {
-                let (name, socket) = (self.name.clone(), self.socket.clone());
+                let name = self.name.clone();
                 return Err(ConnectError::Socket { name, socket, source });
             }
         };
@@ -240,32 +253,17 @@ struct Wait<'a> {
     deadline: Instant,
     /// When it is looked again at the VM.
     look: Instant,
-    /// When the attempt is given up for another one, and how long the next one may take.
-    attempt_until: Instant,
-    patience: Duration,
     progress: Option<Progress>,
 }
 
 impl<'a> Wait<'a> {
     fn new(target: &'a Target, timeout: Duration) -> Self {
         let now = Instant::now();
-        Self {
-            target,
-            deadline: now + timeout,
-            look: now + SILENCE,
-            attempt_until: now,
-            patience: PATIENCE,
-            progress: None,
-        }
+        Self { target, deadline: now + timeout, look: now + SILENCE, progress: None }
     }
 
     fn is_over(&self) -> bool {
         Instant::now() >= self.deadline
-    }
-
-    fn begin_attempt(&mut self) {
-        self.attempt_until = Instant::now() + self.patience;
-        self.patience = self.patience.saturating_mul(2);
     }
 
     fn pause(&mut self) -> Result<(), ConnectError> {
@@ -287,16 +285,12 @@ impl<'a> Wait<'a> {
         Ok(())
     }
 
-    /// Reads; `None` when time is over. 0 is the end of the stream, however it came, or of this attempt.
+    /// Reads; `None` when time is over. 0 is the end of the stream, however it came.
     fn read(&mut self, mut stream: &UnixStream, buffer: &mut [u8]) -> Result<Option<usize>, ConnectError> {
         loop {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
-            }
-            let left = left.min(self.attempt_until.saturating_duration_since(Instant::now()));
-            if left.is_zero() {
-                return Ok(Some(0));
             }
             let read = stream.set_read_timeout(Some(left.min(SILENCE))).and_then(|()| stream.read(buffer));
             match read {
