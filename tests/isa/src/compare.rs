@@ -118,7 +118,10 @@ pub fn differences(case: &Case, native: &Outcome, soft: &Outcome) -> Vec<Differe
     if tolerance.any_operand && both || tolerance.all && access(native.vector) {
         return list;
     }
-    if beyond_4_gib(case, native, soft) || canonical_by_its_base(case, native, soft) || astray_at_int1(case, native) {
+    if beyond_4_gib(case, native, soft)
+        || canonical_by_its_base(case, native, soft)
+        || astray_at_int1(case, native)
+    {
         return list;
     }
     let mut number = |what: &str, native: u64, soft: u64| {
