@@ -8,11 +8,11 @@ use ratatui::layout::Constraint;
 use super::format::{bytes, percent, size};
 use super::rates::{VcpuRates, VmRates};
 
-/// A column: title, width (the first takes what is left), and how VMs are compared by it.
+/// A column: title, width (the first as its names need), and how VMs are compared by it.
 pub struct Column {
     /// Its title.
     pub title: &'static str,
-    /// Its width in characters; 0 for what is left.
+    /// Its width in characters; 0 for what its names need.
     pub width: u16,
     compare: fn(&VmRates, &VmRates) -> Ordering,
 }
@@ -35,10 +35,17 @@ pub const COLUMNS: [Column; 11] = [
 /// The column that is sorted by at first: CPU.
 pub const BY_CPU: usize = 2;
 
-/// How wide the columns are.
-pub fn widths() -> [Constraint; COLUMNS.len()] {
-    COLUMNS.each_ref().map(|c| if c.width == 0 { Constraint::Min(8) } else { Constraint::Length(c.width) })
+/// How wide the columns are where the longest name of `rows` has as much room as it needs, up to all of `width` that
+/// the others leave.
+pub fn widths(rows: &[Row], width: u16) -> [Constraint; COLUMNS.len()] {
+    let others: u16 = COLUMNS.iter().filter(|c| c.width > 0).map(|c| c.width + SPACING).sum();
+    let longest = rows.iter().map(|row| row.cells[0].chars().count()).max().unwrap_or(0);
+    let name = u16::try_from(longest).unwrap_or(u16::MAX).min(width.saturating_sub(others)).max(8);
+    COLUMNS.each_ref().map(|c| Constraint::Length(if c.width == 0 { name } else { c.width }))
 }
+
+/// Between two columns.
+pub const SPACING: u16 = 1;
 
 /// Larger ones first; those that are not known last.
 fn falling(a: Option<f64>, b: Option<f64>) -> Ordering {

@@ -83,6 +83,7 @@ fn summary(rates: &Rates) -> Text<'static> {
 fn draw_vms(frame: &mut Frame<'_>, app: &mut App, area: Rect) {
     let rows = table::rows(&app.rates.vms, &app.choice);
     let first = scroll(app, rows.len(), area);
+    let widths = table::widths(&rows, area.width);
     let head = table::COLUMNS.iter().enumerate().map(|(i, column)| {
         let chosen = i == app.choice.column;
         let style = if chosen { Style::new().reversed().bold() } else { Style::new().bold() };
@@ -93,7 +94,7 @@ fn draw_vms(frame: &mut Frame<'_>, app: &mut App, area: Rect) {
         Row::new(cells).style(if row.is_vm { Style::new() } else { Style::new().dim() })
     });
     let head = Row::new(head.collect::<Vec<_>>());
-    frame.render_widget(Table::new(shown, table::widths()).header(head).column_spacing(1), area);
+    frame.render_widget(Table::new(shown, widths).header(head).column_spacing(table::SPACING), area);
     if app.rates.vms.is_empty() {
         empty(frame, area, "No VM runs. `berth run --detach` starts one.");
     }
