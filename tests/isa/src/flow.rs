@@ -46,7 +46,8 @@ fn after(insn: &Instruction, undefined: u32) -> u32 {
     kept | undefined_by(insn)
 }
 
-fn successors(items: &[Item], i: usize) -> Vec<usize> {
+/// With `astray`, a return may lead to any item.
+fn successors(items: &[Item], i: usize, astray: bool) -> Vec<usize> {
     let target = match items[i].target {
         Some(Target::Item(t)) => Some(t),
         _ => None,
@@ -54,6 +55,7 @@ fn successors(items: &[Item], i: usize) -> Vec<usize> {
     match items[i].insn.flow_control() {
         FlowControl::UnconditionalBranch | FlowControl::Call => target.into_iter().collect(),
         FlowControl::ConditionalBranch => target.into_iter().chain([i + 1]).collect(),
+        FlowControl::Return if astray => (0..items.len()).collect(),
         FlowControl::Return => (0..items.len())
             .filter(|&c| items[c].insn.flow_control() == FlowControl::Call)
             .map(|c| c + 1)
@@ -65,11 +67,12 @@ fn successors(items: &[Item], i: usize) -> Vec<usize> {
 /// For each item and the end: the flags (as the decoder numbers them) that may be undefined before it.
 fn undefined_before(items: &[Item]) -> Vec<u32> {
     let mut before = vec![0; items.len() + 1];
+    let astray = may_return_astray(items);
     loop {
         let mut changed = false;
         for (i, item) in items.iter().enumerate() {
             let out = after(&item.insn, before[i]);
-            for s in successors(items, i) {
+            for s in successors(items, i, astray) {
                 if let Some(state) = before.get_mut(s)
                     && *state | out != *state
                 {
@@ -90,7 +93,7 @@ pub fn reads_undefined(items: &[Item]) -> Option<usize> {
     items.iter().zip(before).position(|(item, undefined)| item.insn.rflags_read() & undefined != 0)
 }
 
-/// Whether a store may change a return address, so that a return leads into the middle of an item.
+/// Whether a store may change a return address, so that a return leads to any item, or into the middle of one.
 fn may_return_astray(items: &[Item]) -> bool {
     let returns = items.iter().any(|item| item.insn.flow_control() == FlowControl::Return);
     let stores = |insn: &Instruction| insn.op_count() > 0 && insn.op0_kind() == OpKind::Memory;
@@ -156,5 +159,22 @@ mod tests {
         };
         let lahf = Instruction::with(Code::Lahf);
         assert_eq!(reads_undefined(&[item(and), jump, item(add), item(lahf)]), Some(3));
+    }
+
+    #[test]
+    fn a_return_whose_address_may_have_changed_leads_anywhere() {
+        let mul = Instruction::with1(Code::Mul_rm32, Register::EBX).unwrap();
+        let call = Item {
+            insn: Instruction::with_branch(Code::Call_rel32_64, 0).unwrap(),
+            prefix: None,
+            target: Some(Target::Item(3)),
+        };
+        let memory = iced_x86::MemoryOperand::with_base(Register::RSP);
+        let store = Instruction::with1(Code::Seto_rm8, memory).unwrap();
+        let nop = Instruction::with(Code::Nopd);
+        let (lahf, ret) = (Instruction::with(Code::Lahf), Instruction::with(Code::Retnq));
+        let code = |store| [item(lahf), item(mul), call.clone(), item(store), item(ret)];
+        assert_eq!(reads_undefined(&code(store)), Some(0));
+        assert_eq!(reads_undefined(&code(nop)), None);
     }
 }
