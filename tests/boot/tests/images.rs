@@ -51,8 +51,14 @@ impl Setup {
     }
 }
 
-/// Logs in as the image's documentation says, types commands, and returns what each printed.
-fn log_in_and_run(console: &mut Console, name: &str, commands: &[&str]) -> Result<Vec<String>, GuestError> {
+/// Logs in on `tty` as the image's documentation says, types commands, and returns what each printed.
+fn log_in_and_run(
+    console: &mut Console,
+    (name, tty): (&str, &str),
+    commands: &[&str],
+) -> Result<Vec<String>, GuestError> {
+    // With a virtio console the terminal shows the serial port's login too, and what is typed goes to the former.
+    console.expect(&format!("{name} {tty}"))?;
     console.expect(&format!("{name} login: "))?;
     console.type_line("root")?;
     console.expect(PROMPT)?;
@@ -84,7 +90,7 @@ fn an_image_of_debian_boots_to_a_login_and_a_vm_keeps_what_it_writes() {
     let mut console = setup.start(&["--name", "web", &format!("--no-network={}", !network)]);
     let said = log_in_and_run(
         &mut console,
-        "web",
+        ("web", "ttyS0"),
         &[
             "findmnt --noheadings --output SOURCE,FSTYPE /",
             "systemctl is-system-running --wait; systemctl --failed --no-legend --plain",
@@ -97,6 +103,10 @@ fn an_image_of_debian_boots_to_a_login_and_a_vm_keeps_what_it_writes() {
     assert!(root.contains("/dev/vda") && root.contains("ext4"), "{root}");
     assert!(state.contains("running"), "{state}");
     assert!(!network || addresses.contains(" UP "), "{addresses}");
+    // The agent is part of the image.
+    let output =
+        setup.command(&["exec", "web", "--", "sh", "-c", "hostname; id -un; exit 3"]).output().unwrap();
+    assert_eq!((&*output.stdout, output.status.code()), (&b"web\nroot\n"[..], Some(3)), "{output:?}");
     console.type_line("poweroff").unwrap();
     let status = console.wait().unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(status.code(), Some(0));
@@ -114,7 +124,7 @@ fn an_image_of_debian_boots_to_a_login_and_a_vm_keeps_what_it_writes() {
 
     // The same by the virtio console.
     let mut console = setup.start(&["--name", "web", "--no-network", "--console", "virtio"]);
-    let said = log_in_and_run(&mut console, "web", &["tty"]).unwrap_or_else(|e| panic!("{e}"));
+    let said = log_in_and_run(&mut console, ("web", "hvc0"), &["tty"]).unwrap_or_else(|e| panic!("{e}"));
     assert!(said[0].contains("/dev/hvc0"), "{said:?}");
     console.type_line("poweroff").unwrap();
     assert_eq!(console.wait().unwrap_or_else(|e| panic!("{e}")).code(), Some(0));
