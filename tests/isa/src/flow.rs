@@ -173,7 +173,7 @@ mod tests {
         let store = Instruction::with1(Code::Seto_rm8, memory).unwrap();
         let nop = Instruction::with(Code::Nopd);
         let (lahf, ret) = (Instruction::with(Code::Lahf), Instruction::with(Code::Retnq));
-        let code = |store| [item(lahf), item(mul), call.clone(), item(store), item(ret)];
+        let code = |store| [item(lahf), item(mul), call, item(store), item(ret)];
         assert_eq!(reads_undefined(&code(store)), Some(0));
         assert_eq!(reads_undefined(&code(nop)), None);
     }
