@@ -1,10 +1,12 @@
-//! What takes hours: VMs that are killed while fio writes.
+//! What takes long: VMs that are killed while fio writes, and large transfers.
 
 use std::path::PathBuf;
 
 use berth_tests_boot::kills::Kills;
 use berth_tests_boot::set_up_with;
 use clap::{Args, Subcommand};
+
+use crate::cargo;
 
 /// Arguments of `soak`.
 #[derive(Args)]
@@ -17,6 +19,12 @@ pub struct SoakArguments {
 enum Soak {
     /// Kill -9 a VM while fio writes to its disk; all that was flushed must be there, each time
     Kill(KillArguments),
+    /// Send much through user networking, a bridge, tap devices (both as root) and vsock, and back, with checksums
+    Transfer {
+        /// How much in each direction, in MiB
+        #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+        mib: u32,
+    },
 }
 
 #[derive(Args)]
@@ -43,7 +51,23 @@ struct KillArguments {
 /// # Errors
 /// A text that says what was lost, or why it could not be tried.
 pub fn run(arguments: &SoakArguments) -> Result<(), String> {
-    let Soak::Kill(arguments) = &arguments.soak;
+    match &arguments.soak {
+        Soak::Kill(arguments) => kill(arguments),
+        Soak::Transfer { mib } => transfer(*mib),
+    }
+}
+
+/// The tests of networks and sockets, with more data.
+fn transfer(mib: u32) -> Result<(), String> {
+    let mut command = cargo::command();
+    command.args(["test", "--workspace", "--test", "networks", "--test", "devices", "--"]);
+    command.args(["--test-threads=1", "--nocapture"]);
+    command.args(["networking", "bridge", "tap_devices", "sockets_carry"]);
+    command.env("BERTH_TEST_TRANSFER_MIB", mib.to_string());
+    cargo::run("transfers", &mut command)
+}
+
+fn kill(arguments: &KillArguments) -> Result<(), String> {
     let programs = std::env::temp_dir().join(format!("berth-soak-programs-{}", std::process::id()));
     let setup = set_up_with(&programs, &["fio"]);
     // Compiled anew the next time.

@@ -6,10 +6,13 @@ use std::process::ExitCode;
 
 use berth_disk::{CreateOptions, DiskError, Format};
 use berth_machine::options::size;
-use clap::Subcommand;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Subcommand};
 
-/// Size of a disk in bytes.
-const SIZES: std::ops::RangeInclusive<u64> = 512..=i64::MAX as u64;
+use crate::cli::Cli;
+
+/// Size of a disk in bytes. What file systems of hosts can hold is less.
+const SIZES: std::ops::RangeInclusive<u64> = 512..=1 << 60;
 
 /// What to do with images.
 #[derive(Debug, Subcommand)]
@@ -19,7 +22,7 @@ pub enum DiskCommand {
         /// The new file
         file: PathBuf,
         /// Size such as 20G; not needed with --backing
-        #[arg(value_parser = parse_size)]
+        #[arg(value_parser = parse_size, required_unless_present = "backing")]
         size: Option<u64>,
         /// raw or qcow2 [default: by the name: qcow2 for NAME.qcow2, else raw]
         #[arg(long)]
@@ -93,6 +96,13 @@ pub fn run(command: &DiskCommand) -> Result<ExitCode, DiskError> {
     match command {
         DiskCommand::Create { file, size, format, backing, backing_format } => {
             let format = format.unwrap_or_else(|| Format::of_name(file));
+            if backing.is_some() && format == Format::Raw {
+                let text = format!(
+                    "--backing needs --format qcow2: {} is to be a raw image, which has no backing file",
+                    file.display()
+                );
+                Cli::command().error(ErrorKind::ArgumentConflict, text).exit();
+            }
             let backing = backing.as_ref().map(|b| (b.clone(), backing_format.unwrap_or(Format::of_name(b))));
             berth_disk::create(&CreateOptions { path: file.clone(), format, size: *size, backing })?;
         }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use berth_image::Name;
 use berth_machine::options::{
     BalloonOptions, ConsoleKind, CpusOptions, DeviceOptions, DiskOptions, MemoryOptions, NetOptions,
-    VsockOptions, size,
+    OptionError, VsockOptions, size,
 };
 use clap::{Args, ValueEnum};
 use clap_complete::engine::ArgValueCandidates;
@@ -142,6 +142,30 @@ impl VmOptions {
             rng: rng.or(others.rng),
             console: console.or(others.console),
         }
+    }
+
+    /// Refuses options that make no sense together.
+    ///
+    /// # Errors
+    /// [`OptionError`] that names both.
+    pub fn check(&self) -> Result<(), OptionError> {
+        let devices = self.devices();
+        devices.check()?;
+        if self.ephemeral == Some(true) && self.image.is_none() {
+            // What a disk keeps against its user's belief is worse than no start.
+            return Err(OptionError(
+                "--ephemeral needs --image: what a VM writes to a --disk is always kept".to_owned(),
+            ));
+        }
+        let (memory, balloon) = (self.memory().size.0, devices.balloon.map_or(0, |b| b.size.0));
+        if balloon > memory {
+            return Err(OptionError(format!(
+                "--balloon=size={} is more than --memory {}",
+                size::show(balloon),
+                size::show(memory)
+            )));
+        }
+        Ok(())
     }
 
     /// Relative paths are taken from `directory` from now on.

@@ -35,9 +35,9 @@ pub enum RunError {
     /// The VM file.
     #[error(transparent)]
     File(#[from] VmFileError),
-    /// Devices that make no sense together.
+    /// Options that make no sense together.
     #[error(transparent)]
-    Devices(#[from] OptionError),
+    Options(#[from] OptionError),
     /// The default guest.
     #[error(transparent)]
     Guest(#[from] GuestImageError),
@@ -78,7 +78,7 @@ impl RunError {
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::File(VmFileError::Content { .. })
-            | Self::Devices(_)
+            | Self::Options(_)
             | Self::Machine(MachineError::Board(BoardError::Virtio(
                 VirtioError::Options(_) | VirtioError::TooMany,
             ))) => ExitCode::from(2),
@@ -104,7 +104,7 @@ pub fn run(arguments: &RunArguments) -> Result<ExitCode, RunError> {
         options = options.or(vm_file::read(path)?);
     }
     // Before anything is fetched for a VM that cannot be.
-    options.devices().check()?;
+    options.check()?;
     let name = options.name.clone().map_or_else(|| format!("vm-{}", std::process::id()), String::from);
     let home = vm_home::enter(&name, arguments.background)?;
     let result = run_as(&name, home.as_ref(), options, arguments);

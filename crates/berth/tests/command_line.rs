@@ -24,8 +24,23 @@ fn bad_arguments_exit_with_2_and_name_what_was_bad() {
         (&["run", "--name", "a/b"], "'a/b'"),
         (&["run", "--net", "user,id=x", "--disk", "a.img,id=x"], "two devices have the id \"x\""),
         (&["run", "--disk", "a.img,id=disk1", "--disk", "b.img"], "\"disk1\""),
+        (&["run", "--net", "user,tap=t0"], "user and tap"),
+        (&["run", "--net", "tap=t0", "--net", "tap=t0"], "net0 and net1"),
+        (&["run", "--net", "tap=t0,forward=tcp:80:80"], "only user networking forwards"),
+        (
+            &["run", "--net", "user,forward=tcp:80:80,forward=tcp:80:81"],
+            "forward=tcp:80:80 and forward=tcp:80:81",
+        ),
+        (&["run", "--disk", "a.img", "--disk", "a.img,ro"], "disk0 and disk1"),
+        (&["run", "--disk", "a.img", "--ephemeral"], "--ephemeral needs --image"),
+        (&["run", "--memory", "256M", "--balloon=size=257M"], "size=257 MiB is more than --memory 256 MiB"),
         (&["run", "--no-default-guest"], "--kernel"),
         (&["run", "extra"], "extra"),
+        (&["disk", "create", "a.img"], "SIZE"),
+        (&["disk", "create", "a.img", "1"], "from 512 B to 1048576 TiB"),
+        (&["disk", "create", "a.img", "--backing", "b.img"], "--backing needs --format qcow2"),
+        (&["disk", "create", "a.qcow2", "1M", "--backing-format", "raw"], "--backing"),
+        (&["image", "import", "a.img", "--initrd", "i"], "--kernel"),
         (&["sink"], "sink"),
     ] {
         let output = berth(arguments);

@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use berth_cpu::VcpuId;
@@ -28,6 +29,7 @@ use berth_engine::{Bus, Engine, InterruptControllers, LocalApic, StoodStill, Vcp
 use berth_memory::layout::{HIGH_RAM_START, ports};
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::Mutex;
+use tracing::warn;
 
 use crate::config::MachineConfig;
 use crate::notice::Notice;
@@ -169,9 +171,14 @@ impl Board {
 
     /// Records in `status` what happens to devices.
     pub fn report_to(&self, status: &Arc<Status>) {
-        let to = status.clone();
+        let (to, failed) = (status.clone(), AtomicU64::new(0));
         self.virtio.on_disk_error(move |id, error| {
-            to.notices().add(Notice::IoError { device: id.to_owned(), message: describe(&error) });
+            let (message, n) = (describe(&error), failed.fetch_add(1, Ordering::Relaxed) + 1);
+            // A full disk fails many requests, and the log need not name each: every one is an event.
+            if n.is_power_of_two() {
+                warn!("{id}: {message}; {n} failed so far");
+            }
+            to.notices().add(Notice::IoError { device: id.to_owned(), message });
         });
         if let Some(balloon) = self.virtio.balloon() {
             let to = status.clone();

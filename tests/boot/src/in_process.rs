@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use berth_machine::options::{DeviceOptions, MemoryOptions};
+use berth_machine::options::{ConsoleKind, DeviceOptions, MemoryOptions};
 use berth_machine::{EngineKind, Machine, MachineConfig, MachineControl, MachineError};
 
 use crate::Setup;
@@ -32,6 +32,9 @@ impl InProcess {
         devices: DeviceOptions,
         limit: Duration,
     ) -> Result<Self, MachineError> {
+        // The last console that is named is that of the guest's programs.
+        let console = if devices.console == ConsoleKind::Virtio { "console=hvc0 " } else { "" };
+        let parameters = berth_guest_image::KERNEL_PARAMETERS;
         let config = MachineConfig {
             name: "in-process".to_owned(),
             engine: EngineKind::Soft,
@@ -39,7 +42,7 @@ impl InProcess {
             memory: MemoryOptions::of_size(memory),
             kernel: setup.kernel.clone(),
             initrd: Some(PathBuf::from(setup.initrd.path())),
-            cmdline: format!("{} \"berth.run=sh /tests/obey.sh\"", berth_guest_image::KERNEL_PARAMETERS),
+            cmdline: format!("{parameters} {console}\"berth.run=sh /tests/obey.sh\""),
             debug_exit: false,
             no_reboot: true,
             code_cache_bytes: 256 << 20,

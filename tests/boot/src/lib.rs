@@ -17,6 +17,7 @@ pub mod kills;
 mod namespace;
 mod noise;
 mod programs;
+mod small_disk;
 
 pub use berth::{BuildError, berth};
 pub use console::Console;
@@ -27,6 +28,7 @@ pub use initrd::{File, InitrdError, initrd_with};
 pub use namespace::Namespace;
 pub use noise::Noise;
 pub use programs::{PROGRAMS, ProgramError, compile_all, scripts};
+pub use small_disk::SmallDisk;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

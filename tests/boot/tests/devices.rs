@@ -198,6 +198,7 @@ fn a_disk_in_use_is_refused_and_says_by_whom() {
 /// Sends `len` bytes and gets them back.
 fn echo(stream: &UnixStream, len: u64) {
     stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let begin = Instant::now();
     thread::scope(|s| {
         s.spawn(|| {
             std::io::copy(&mut Noise::new(len), &mut &*stream).unwrap();
@@ -205,6 +206,7 @@ fn echo(stream: &UnixStream, len: u64) {
         });
         assert!(Noise::new(len).is_same(stream).unwrap(), "the echo is not what was sent");
     });
+    println!("{} MiB to the guest and back in {:.1?}", len >> 20, begin.elapsed());
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use berth_tests_boot::{
     Ended, Guest, Namespace, Noise, Setup, SetupError, set_up, set_up_with, transfer, transfer_limit,
@@ -46,11 +47,17 @@ impl Exchange {
                 write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", transfer())?;
                 io::copy(&mut Noise::new(transfer()), &mut stream)
             };
-            serve(web.accept()?.0)?;
+            let (first, _) = web.accept()?;
+            let begin = Instant::now();
+            serve(first)?;
+            let there = begin.elapsed();
             let (second, _) = web.accept()?;
+            let begin = Instant::now();
             let second = thread::spawn(move || serve(second));
             let same = Noise::new(transfer()).is_same(back.accept()?.0)?;
             second.join().expect("the server")?;
+            let mib = transfer() >> 20;
+            println!("{mib} MiB to the guest in {there:.1?}, there and back in {:.1?}", begin.elapsed());
             Ok(same)
         });
         Ok(Self { web: web_port, back: back_port, server })

@@ -3,6 +3,7 @@
 //! Each type is read by serde in both cases, so that both know the same keys and refuse the same mistakes. Call
 //! [`DeviceOptions::check`] on what came from a file: what a single key cannot show is found there.
 
+mod conflicts;
 mod cpus;
 mod disk;
 mod memory;
@@ -51,7 +52,7 @@ impl DeviceOptions {
     /// Refuses what makes no sense together.
     ///
     /// # Errors
-    /// [`OptionError`] that names the option.
+    /// [`OptionError`] that names the option, or both of two that cannot be together.
     pub fn check(&self) -> Result<(), OptionError> {
         let named = |option: &str| {
             let option = option.to_owned();
@@ -60,14 +61,7 @@ impl DeviceOptions {
         self.disk.iter().try_for_each(|d| d.check().map_err(named("disk")))?;
         self.net.iter().try_for_each(|n| n.check().map_err(named("net")))?;
         self.vsock.iter().try_for_each(|v| v.check().map_err(named("vsock")))?;
-        let mut ids: Vec<String> = self.disk.iter().enumerate().map(|(i, d)| d.id_at(i)).collect();
-        ids.extend(self.net.iter().enumerate().map(|(i, n)| n.id_at(i)));
-        ids.sort_unstable();
-        match ids.windows(2).find_map(|pair| (pair.first() == pair.last()).then_some(pair.first())).flatten()
-        {
-            Some(id) => Err(OptionError(format!("two devices have the id {id:?}"))),
-            None => Ok(()),
-        }
+        conflicts::check(self)
     }
 }
 
@@ -187,16 +181,5 @@ mod tests {
         assert_eq!(b.size, ByteSize(128 << 20));
         assert!(!b.deflate_on_oom && b.reporting);
         assert_eq!("".parse(), Ok(BalloonOptions::default()));
-    }
-
-    #[test]
-    fn ids_are_unique() {
-        let disk: DiskOptions = "a.img,id=x".parse().unwrap();
-        let net: NetOptions = "user,id=x".parse().unwrap();
-        let options = DeviceOptions { disk: vec![disk], net: vec![net], ..DeviceOptions::default() };
-        assert!(options.check().unwrap_err().to_string().contains("\"x\""));
-        // The second has the id disk1 by its place.
-        let disk = ["a.img,id=disk1", "b.img"].map(|d| d.parse().unwrap()).to_vec();
-        assert!(DeviceOptions { disk, ..DeviceOptions::default() }.check().is_err());
     }
 }

@@ -70,9 +70,24 @@ impl NetOptions {
             (false, Some(name), None, None) => Ok(NetBackend::Tap(name)),
             (false, None, Some(name), None) => Ok(NetBackend::Bridge(name)),
             (false, None, None, Some(path)) => Ok(NetBackend::Socket(path)),
-            _ => Err(OptionError(
-                "say what it is connected to: one of user, tap=NAME, bridge=NAME and socket=PATH".to_owned(),
-            )),
+            (user, tap, bridge, socket) => {
+                let keys = [
+                    ("user", user),
+                    ("tap", tap.is_some()),
+                    ("bridge", bridge.is_some()),
+                    ("socket", socket.is_some()),
+                ];
+                let given: Vec<&str> = keys.iter().filter(|(_, given)| *given).map(|(key, _)| *key).collect();
+                Err(OptionError(if given.is_empty() {
+                    "say what it is connected to: one of user, tap=NAME, bridge=NAME and socket=PATH"
+                        .to_owned()
+                } else {
+                    format!(
+                        "{} cannot be together: an interface is connected to one thing",
+                        given.join(" and ")
+                    )
+                }))
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use berth_disk::Image;
-use tracing::{debug, warn};
+use tracing::debug;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::account::Account;
@@ -237,13 +237,7 @@ impl QueueWorker {
             }
         }
         self.disk.account.count(&request.action, result);
-        let status = match result {
-            Ok(()) => Status::Ok,
-            Err(e) => {
-                warn!("a request of a disk fails: {e}");
-                Status::Error
-            }
-        };
+        let status = if result.is_ok() { Status::Ok } else { Status::Error };
         self.answer(request, status);
     }
 

@@ -25,6 +25,9 @@ const DATA_VALID: u8 = ids::VIRTIO_NET_HDR_F_DATA_VALID as u8;
 /// What passt tells guests that ask.
 const PASST_MTU: u16 = 65_520;
 
+/// Beginnings of what passt says before it gets to the point: of the system's log, and when root starts it.
+const NOISE: [&str; 2] = ["Failed to send ", "Don't run as root"];
+
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
@@ -110,7 +113,9 @@ impl Stream {
                 // What can be read explains it; the rest does not.
                 let _ = stderr.take(4096).read_to_string(&mut said);
             }
-            let said = said.lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join("; ");
+            let telling =
+                |line: &&str| !line.is_empty() && !NOISE.iter().any(|noise| line.starts_with(noise));
+            let said = said.lines().map(str::trim).filter(telling).collect::<Vec<_>>().join("; ");
             return Err(StreamError::Ended(status, said));
         }
         if let Some(stderr) = child.stderr.take() {
