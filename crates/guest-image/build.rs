@@ -15,8 +15,9 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
     let init = here.join("../../guest/init");
     println!("cargo::rerun-if-changed=build.rs");
-    // It is the agent too.
-    for package in [&init, &here.join("../../guest/agent"), &here.join("../agent-protocol")] {
+    // It is the agent and the load too.
+    let others = ["../../guest/agent", "../../guest/load", "../agent-protocol"].map(|other| here.join(other));
+    for package in [&init].into_iter().chain(&others) {
         for part in ["src", "Cargo.toml"] {
             println!("cargo::rerun-if-changed={}", package.join(part).display());
         }

@@ -24,7 +24,7 @@ enum Chore {
     /// All tests.
     Test(test::TestArguments),
     /// How fast guests are, beside the host itself and QEMU's translator.
-    Bench(bench::BenchArguments),
+    Bench(Box<bench::BenchArguments>),
     /// What CI checks: formatting, lints, tests.
     Prepush,
     /// The fuzz targets of kernel loaders and virtio devices, for a short time each.

@@ -22,9 +22,12 @@
 //! **Flow control.** Who reads a stream grants credit, in bytes, as it gets rid of what came; who writes sends no more than
 //! that. So a reader that is slow stops the writer and nothing grows, and messages never wait behind data that nobody takes.
 //!
+//! The load in the guests of `berth rehearse` has a protocol of its own, of single lines ([`load`]).
+//!
 //! Neither side trusts the other. This crate does no I/O: it turns bytes into frames and back.
 
 mod frame;
+pub mod load;
 mod message;
 
 pub use frame::{Decoder, Frame, FrameError, MAX_PAYLOAD, Stream, data, hello, message};

@@ -132,6 +132,17 @@ impl Vms {
         names.into_iter().map(|name| VmDirectory::new(&self.root, name)).collect()
     }
 
+    /// Where the VM `name` is, or will be once it starts.
+    ///
+    /// # Errors
+    /// [`RuntimeError::BadName`].
+    pub fn place(&self, name: &str) -> Result<VmDirectory, RuntimeError> {
+        if !is_name(name) {
+            return Err(RuntimeError::BadName { name: name.to_owned() });
+        }
+        Ok(VmDirectory::new(&self.root, name.to_owned()))
+    }
+
     /// The VM `name`, dead or alive.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use crate::disk::DiskCommand;
 use crate::exec::ExecArguments;
 use crate::image::ImageCommand;
 use crate::options::VmOptions;
+use crate::rehearse::RehearseArguments;
 use crate::top::TopArguments;
 use crate::vms::VmCommand;
 
@@ -49,6 +50,8 @@ pub enum Command {
     Image(ImageCommand),
     #[command(flatten)]
     Vms(VmCommand),
+    /// Try how many VMs this host has room for, with guests that work
+    Rehearse(RehearseArguments),
     /// Show what all VMs do, live
     Top(TopArguments),
     /// Print what makes a shell complete `berth`, for its start-up file

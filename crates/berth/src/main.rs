@@ -16,6 +16,7 @@ mod host_report;
 mod image;
 mod log;
 mod options;
+mod rehearse;
 mod residence;
 mod run;
 mod shutdown;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
             Err(e) => failure(&e),
         },
         Command::Vms(command) => vms::run(&command).unwrap_or_else(|e| failure(&e)),
+        Command::Rehearse(arguments) => rehearse::rehearse(&arguments).unwrap_or_else(|e| failure(&e)),
         Command::Top(arguments) => top::top(&arguments),
         Command::Completions { shell } => print(&completions::script(&shell)),
     }

@@ -25,6 +25,8 @@ pub struct PressureSome {
     pub avg10: f64,
     /// Over the last 60 seconds.
     pub avg60: f64,
+    /// Since the host started, in microseconds.
+    pub total_micros: u64,
 }
 
 impl Pressure {
@@ -38,11 +40,10 @@ impl Pressure {
 
 fn parse(text: &str) -> Option<PressureSome> {
     let line = text.lines().find_map(|l| l.strip_prefix("some "))?;
-    let field = |name: &str| {
-        let value = line.split_whitespace().find_map(|w| w.strip_prefix(name))?;
-        value.parse::<f64>().ok().filter(|v| v.is_finite())
-    };
-    Some(PressureSome { avg10: field("avg10=")?, avg60: field("avg60=")? })
+    let text = |name: &str| line.split_whitespace().find_map(|w| w.strip_prefix(name));
+    let field = |name: &str| text(name)?.parse::<f64>().ok().filter(|v| v.is_finite());
+    let total_micros = text("total=")?.parse().ok()?;
+    Some(PressureSome { avg10: field("avg10=")?, avg60: field("avg60=")?, total_micros })
 }
 
 #[cfg(test)]
@@ -53,8 +54,8 @@ mod tests {
     fn the_line_some_counts() {
         let text =
             "some avg10=1.50 avg60=0.25 avg300=0.00 total=5\nfull avg10=9.00 avg60=9.00 avg300=9 total=9";
-        assert_eq!(parse(text), Some(PressureSome { avg10: 1.5, avg60: 0.25 }));
-        assert_eq!(parse("some avg10=NaN avg60=0"), None);
+        assert_eq!(parse(text), Some(PressureSome { avg10: 1.5, avg60: 0.25, total_micros: 5 }));
+        assert_eq!(parse("some avg10=NaN avg60=0 total=5"), None);
         assert_eq!(parse(""), None);
     }
 }

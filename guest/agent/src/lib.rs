@@ -39,5 +39,5 @@ pub const NAME: &str = "berth-agent";
 pub fn run() -> io::Result<()> {
     // The name that `ps` shows, however it was started. Without it the agent serves as well.
     let _ = std::fs::write("/proc/self/comm", NAME);
-    Server::new(Listener::vsock()?).serve()
+    Server::new(Listener::vsock(berth_agent_protocol::PORT)?).serve()
 }

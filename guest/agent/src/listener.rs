@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use berth_agent_protocol::PORT;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, getpeername, listen, socket,
 };
@@ -18,14 +17,14 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// At the agent's vsock port, for the host alone.
+    /// At a vsock port, for the host alone.
     ///
     /// # Errors
-    /// What the kernel says: `EAFNOSUPPORT` without vsock, `EADDRINUSE` if an agent runs.
-    pub fn vsock() -> io::Result<Self> {
+    /// What the kernel says: `EAFNOSUPPORT` without vsock, `EADDRINUSE` if somebody has the port.
+    pub fn vsock(port: u32) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Vsock, SockType::Stream, flags, None)?;
-        bind(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, PORT))?;
+        bind(socket.as_raw_fd(), &VsockAddr::new(libc::VMADDR_CID_ANY, port))?;
         listen(&socket, Backlog::new(BACKLOG)?)?;
         Ok(Self { socket, only_host: true })
     }

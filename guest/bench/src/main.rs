@@ -20,6 +20,7 @@ mod compute;
 mod crypto;
 mod float;
 mod generated;
+mod many;
 mod memory;
 mod processes;
 mod programs;
@@ -115,6 +116,11 @@ const WORK: &[Work] = &[
     ("futex", "1 000 times waking another thread and waiting for it", threads::futex),
     ("compute-1", "sieve of the primes below 1 000 000 in one thread", threads::compute_one),
     ("compute-2", "sieve of the primes below 1 000 000 in each of two threads", threads::compute_two),
+    ("all-compute", "sieve of the primes below 100 000, shared by a thread for each CPU", many::compute),
+    ("all-pipes", "100 round trips of a byte, shared by a pair of threads for two CPUs", many::pipes),
+    ("all-mmap", "10 times mmap, touch, munmap of 64 KiB, shared by a thread for each CPU", many::mappings),
+    ("all-mutex", "1 000 locks of a mutex, shared by a thread for each CPU", many::mutex),
+    ("all-spin", "1 000 locks of a spinlock, shared by a thread for each CPU", many::spinlock),
 ];
 
 const USAGE: &str = "usage: berth-guest-bench [--one-cpu] [--debian=WHERE] BUSYBOX NAME=COUNT... | --list";

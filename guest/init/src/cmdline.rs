@@ -7,6 +7,8 @@ pub struct CommandLine {
     pub name: Option<String>,
     /// `berth.run=`: a shell command to run instead of the interactive shell.
     pub command: Option<String>,
+    /// `berth.load=`: the kind of load that `berth rehearse` wants instead of the shell.
+    pub load: Option<String>,
     /// `berth.winsize=`: columns and rows of the terminal at the other end of the console.
     pub window: Option<(u16, u16)>,
 }
@@ -24,6 +26,7 @@ impl CommandLine {
             match word.split_once('=') {
                 Some(("berth.name", v)) if !v.is_empty() => found.name = Some(v.to_owned()),
                 Some(("berth.run", v)) if !v.is_empty() => found.command = Some(v.to_owned()),
+                Some(("berth.load", v)) if !v.is_empty() => found.load = Some(v.to_owned()),
                 Some(("berth.winsize", v)) => found.window = parse_window(v),
                 _ => {}
             }
@@ -69,7 +72,9 @@ mod tests {
 
     #[test]
     fn takes_its_own_words_and_no_others() {
-        let c = CommandLine::parse("console=ttyS0 berth.name=web1 quiet berth.winsize=120x40\n");
+        let c =
+            CommandLine::parse("console=ttyS0 berth.name=web1 quiet berth.winsize=120x40 berth.load=cpu\n");
+        assert_eq!(c.load.as_deref(), Some("cpu"));
         assert_eq!(c.name.as_deref(), Some("web1"));
         assert_eq!(c.window, Some((120, 40)));
         assert_eq!(c.command, None);

@@ -7,19 +7,21 @@
 //! ```
 //!
 //! Called `berth-agent`, the same file is the guest's agent (`guest/agent`): a guest that has vsock runs both, and keeps one
-//! file in memory. Images of Debian get the file as their agent only.
+//! file in memory. Images of Debian get the file as their agent only. Called `berth-load`, it is the load of `berth rehearse`
+//! (`guest/load`).
 //!
-//! It is one static program without threads. What it does not need at the prompt (the power button's driver)
+//! It is one static program, and without threads unless it is the load. What it does not need at the prompt (the power button's driver)
 //! it loads after the shell was started, so that the prompt comes early.
 //!
-//! Kernel command line: `berth.name=` host name, `berth.run="…"` a command instead of the shell,
-//! `berth.winsize=COLUMNSxROWS` size of the user's terminal.
+//! Kernel command line: `berth.name=` host name, `berth.run="…"` a command instead of the shell, `berth.load=KIND` the
+//! load of a rehearsal instead of it, `berth.winsize=COLUMNSxROWS` size of the user's terminal.
 
 mod acpi_event;
 mod agent;
 mod cmdline;
 mod console;
 mod filesystem;
+mod load;
 mod modules;
 mod power;
 mod signals;
@@ -33,6 +35,10 @@ use power::Action;
 fn main() {
     if agent::is_called() {
         let _ = berth_guest_agent::run().inspect_err(|e| complain(&format!("the agent cannot go on: {e}")));
+        std::process::exit(1);
+    }
+    if load::is_called() {
+        load::run();
         std::process::exit(1);
     }
     if std::process::id() != 1 {
@@ -63,7 +69,10 @@ fn run() -> std::io::Result<Action> {
     let console = Console::find();
     console.set_size(cmdline.window);
     say(&filesystem::summary());
-    let child = console.spawn(cmdline.command.as_deref())?;
+    let child = match &cmdline.load {
+        Some(kind) => load::start(kind)?,
+        None => console.spawn(cmdline.command.as_deref())?,
+    };
     let mut agent = agent::Agent::default();
     agent.start();
 

@@ -16,6 +16,7 @@ mod debian;
 mod devices;
 mod guest;
 mod measure;
+mod overcommit;
 mod process;
 mod render;
 mod report;
@@ -83,6 +84,8 @@ enum Alone {
     Start(start::StartArguments),
     /// How fast disks and networks are, beside QEMU's
     Devices(devices::DevicesArguments),
+    /// What guests do with more vCPUs than there are host CPUs, beside QEMU's
+    Overcommit(overcommit::OvercommitArguments),
 }
 
 /// `bench`: prints what it measured.
@@ -93,6 +96,7 @@ pub fn run(arguments: &BenchArguments) -> Result<(), String> {
     match &arguments.alone {
         Some(Alone::Start(arguments)) => return start::run(arguments),
         Some(Alone::Devices(arguments)) => return devices::run(arguments),
+        Some(Alone::Overcommit(arguments)) => return overcommit::run(arguments),
         None => {}
     }
     let selection = Selection::new(&arguments.only)?;

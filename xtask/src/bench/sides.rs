@@ -105,6 +105,11 @@ impl Side {
 impl Emulator {
     /// A guest that runs `guest/bench` with `orders` and powers off.
     pub fn program(&self, files: &Files, cpus: u32, orders: &str) -> Command {
+        self.program_with(files, &cpus.to_string(), orders)
+    }
+
+    /// As [`Self::program`], with what `--cpus` (QEMU: `-smp`) takes.
+    pub fn program_with(&self, files: &Files, cpus: &str, orders: &str) -> Command {
         let debian = files.debian.as_ref().ok();
         let disk = if debian.is_some() { "--debian=/dev/vda " } else { "" };
         let parameters = format!(" panic=-1 berth.run=\"{PROGRAM} {disk}/bin/busybox {orders}\"");
@@ -160,15 +165,14 @@ impl Emulator {
 
     /// The default guest as it is, which boots to its shell.
     pub fn default_guest(&self, files: &Files) -> Command {
-        self.machine(files, 1, &files.plain_initrd, "")
+        self.machine(files, "1", &files.plain_initrd, "")
     }
 
     /// A VM with `parameters` for its kernel and init. It ends when the guest powers off or resets.
-    fn machine(&self, files: &Files, cpus: u32, initrd: &Path, parameters: &str) -> Command {
-        let cpus = cpus.to_string();
+    fn machine(&self, files: &Files, cpus: &str, initrd: &Path, parameters: &str) -> Command {
         let (mut command, dashes) = match self {
-            Self::Qemu { program, .. } => (Self::qemu(program, &cpus, MEMORY), "-"),
-            Self::Berth { program, engine, .. } => (Self::berth(program, engine, &cpus, MEMORY), "--"),
+            Self::Qemu { program, .. } => (Self::qemu(program, cpus, MEMORY), "-"),
+            Self::Berth { program, engine, .. } => (Self::berth(program, engine, cpus, MEMORY), "--"),
         };
         command.arg(format!("{dashes}kernel")).arg(&files.kernel);
         command.arg(format!("{dashes}initrd")).arg(initrd);
