@@ -1,7 +1,7 @@
 //! `--engine kvm` from the command line, on whatever /dev/kvm this host has.
 
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
 
 use berth_host::{Cpu, Kvm, KvmKind};
 
@@ -51,4 +51,61 @@ fn what_the_kernel_cannot_emulate_ends_the_vm_with_an_account() {
         said.contains("cannot emulate an instruction of the guest: cc") && said.contains("RIP"),
         "{said}"
     );
+}
+
+/// A VM in the background that is killed when the test ends.
+struct Sleeper {
+    directory: tempfile::TempDir,
+}
+
+impl Sleeper {
+    fn start(engine: &str) -> Self {
+        let sleeper = Self { directory: tempfile::tempdir().unwrap() };
+        let kernel = common::bz_image(&sleeper.directory, common::SLEEPS);
+        let output = sleeper
+            .berth(&["run", "-d", "--engine", engine, "--memory", "32M", "--name", "test", "--kernel"])
+            .arg(kernel)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        sleeper
+    }
+
+    fn berth(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
+        command.args(arguments).env("XDG_RUNTIME_DIR", self.directory.path());
+        command.env("XDG_DATA_HOME", self.directory.path().join("data"));
+        command
+    }
+
+    /// The way of `address` in the page tables that the guest was started with, without what differs between two
+    /// processes.
+    fn explain(&self, address: &str) -> serde_json::Value {
+        let output = self.berth(&["explain", "test", address, "--json"]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        let mut way: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"));
+        way.as_object_mut().unwrap().remove("host");
+        way
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        let _ = self.berth(&["kill", "test"]).output();
+    }
+}
+
+#[test]
+fn an_address_is_explained_as_on_the_soft_engine() {
+    if let Some(problem) = host().problem {
+        println!("skipped: a guest under kvm, because {problem}");
+        return;
+    }
+    let [soft, kvm] = ["soft", "kvm"].map(Sleeper::start);
+    for address in ["0x100200", "0x1fffff8", "0xffff800000000000", "0x1000000000000"] {
+        assert_eq!(soft.explain(address), kvm.explain(address), "{address}");
+    }
+    // That of the code, to the end.
+    assert_eq!(kvm.explain("0x100200")["physical"], "0x100200");
 }

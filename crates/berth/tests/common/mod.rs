@@ -39,7 +39,32 @@ pub fn kernel(directory: &tempfile::TempDir, code: &[u8]) -> PathBuf {
     path
 }
 
-/// `berth run` of that kernel, with the port for its exit code.
+/// A Linux kernel to its loader (Linux's Documentation/arch/x86/boot.rst): 64-bit code that starts with paging on.
+pub fn bz_image(directory: &tempfile::TempDir, code: &[u8]) -> PathBuf {
+    const PAGES: u32 = 0x1000;
+    let mut image = vec![0; 0x400 + PAGES as usize];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]); // setup_sects
+    put(0x1f4, &(PAGES / 16).to_le_bytes()); // syssize
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x66]); // boot_flag, jump
+    put(0x202, b"HdrS");
+    put(0x206, &[0x0f, 0x02]); // version
+    put(0x211, &[1]); // loadflags: LOADED_HIGH
+    put(0x214, &0x10_0000_u32.to_le_bytes()); // code32_start
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes()); // initrd_addr_max
+    put(0x230, &0x10_0000_u32.to_le_bytes()); // kernel_alignment
+    put(0x234, &[1]); // relocatable_kernel
+    put(0x236, &[1]); // xloadflags: XLF_KERNEL_64
+    put(0x238, &[255]); // cmdline_size
+    put(0x258, &0x10_0000_u64.to_le_bytes()); // pref_address
+    put(0x260, &(16 * PAGES).to_le_bytes()); // init_size
+    put(0x600, code); // the 64-bit entry
+    let path = directory.path().join("bzImage");
+    std::fs::write(&path, image).unwrap();
+    path
+}
+
+/// `berth run` of the multiboot kernel, with the port for its exit code.
 pub fn berth(code: &[u8], directory: &tempfile::TempDir) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
     command.args(["run", "--memory", "16M", "--name", "test", "--debug-exit", "--no-reboot", "--kernel"]);
