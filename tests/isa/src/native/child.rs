@@ -240,7 +240,9 @@ extern "C" fn handler(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut lib
         io.fpu.as_ptr().add(576).copy_to_nonoverlapping(fpu.add(576), FPU_LEN - 576);
         syscall(libc::SYS_arch_prctl, ARCH_SET_FS, io.fs_base, 0, 0);
         syscall(libc::SYS_arch_prctl, ARCH_SET_GS, io.gs_base, 0, 0);
-        // Bits that the return from a signal does not restore, such as ID and NT.
+        // What the return from a signal does not restore: segments that 32-bit code which went astray may have loaded,
+        // and flags such as ID and NT.
+        asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) u32::from(selector::DATA), options(nostack));
         asm!("push 0x202", "popfq");
     }
 }
