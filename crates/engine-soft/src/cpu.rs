@@ -98,6 +98,8 @@ pub struct Cpu {
     pub(crate) wants_to_be_alone: bool,
     /// No other vCPU runs.
     pub(crate) is_alone: bool,
+    /// Another vCPU should have this one's host CPU for a moment.
+    pub(crate) gives_way: bool,
     /// Whether the instruction just executed is followed by a single-step trap, where TF from before it does
     /// not decide.
     pub(crate) trap_override: Option<bool>,
@@ -146,6 +148,7 @@ impl Cpu {
             code_dropped: false,
             wants_to_be_alone: false,
             is_alone: false,
+            gives_way: false,
             trap_override: None,
             interrupt_check: true,
             nmi_pending: false,
@@ -156,6 +159,7 @@ impl Cpu {
             counters: Counters::default(),
             asm: Asm::default(),
         };
+        cpu.s.pauses_left = crate::exec::pv::PAUSES;
         cpu.initialize_first_level();
         cpu.empty_call_stack();
         cpu.set_architectural(&CpuState::reset());

@@ -23,6 +23,7 @@ mod mode;
 mod run;
 #[cfg(test)]
 mod run_tests;
+mod seat;
 mod shared;
 mod state;
 #[cfg(test)]
@@ -71,10 +72,12 @@ pub(crate) struct DebugFlags {
     pub no_calls: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
+    /// `nogiveway`: a vCPU that waits in a loop never gives way to others.
+    pub no_give_way: bool,
 }
 
 impl DebugFlags {
-    const KNOWN: &str = "nochain, notlb, noslots, nocalls and notrim";
+    const KNOWN: &str = "nochain, notlb, noslots, nocalls, notrim and nogiveway";
 
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
@@ -86,6 +89,7 @@ impl DebugFlags {
                 "noslots" => flags.no_slots = true,
                 "nocalls" => flags.no_calls = true,
                 "notrim" => flags.no_trim = true,
+                "nogiveway" => flags.no_give_way = true,
                 other => {
                     tracing::warn!("BERTH_SOFT: unknown word {other:?}; known are {}", Self::KNOWN)
                 }

@@ -57,10 +57,12 @@ impl Cpu {
         let state: *mut crate::state::State = &mut *self.s;
         let guard = Guard::new(self.vm.cache.range(), self.vm.cache.stubs.exit_signal, state)?;
         crate::host::load_x87(&self.x87);
+        self.shared.seat.take();
         Ok(guard)
     }
 
     fn leave_thread(&mut self) {
+        self.shared.seat.leave();
         crate::host::save_x87(&mut self.x87);
     }
 
@@ -168,6 +170,11 @@ impl Cpu {
             if self.mp_state != MpState::Runnable {
                 execution = None;
                 self.wait();
+                continue;
+            }
+            if std::mem::take(&mut self.gives_way) {
+                execution = None;
+                pv::give_way(self);
                 continue;
             }
             match self.step() {
@@ -400,9 +407,13 @@ impl Cpu {
                 true
             }
             reason::FLOW => {
-                if self.pending_flow.take() == Some(Flow::Halt) {
-                    self.mp_state = MpState::Halted;
-                    self.interrupt_check = true;
+                match self.pending_flow.take() {
+                    Some(Flow::Halt) => {
+                        self.mp_state = MpState::Halted;
+                        self.interrupt_check = true;
+                    }
+                    Some(Flow::GiveWay) => self.gives_way = true,
+                    _ => {}
                 }
                 true
             }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use berth_engine::VcpuHandle;
 use parking_lot::{Condvar, Mutex};
 
+use crate::seat::{Seat, Seated};
 use crate::state::State;
 
 /// What GS:0 points at while a vCPU thread runs.
@@ -49,6 +50,8 @@ pub struct VcpuShared {
     pub(crate) sweep: Mutex<Vec<u64>>,
     /// It has done next to nothing for a while.
     pub(crate) idle: AtomicBool,
+    /// Where the thread is that runs the vCPU.
+    pub(crate) seat: Seat,
 }
 
 // SAFETY: other threads only touch `block.poll`, which is atomic, and the fields made for sharing; the state
@@ -74,6 +77,7 @@ impl VcpuShared {
             wake: Condvar::new(),
             sweep: Mutex::new(Vec::new()),
             idle: AtomicBool::new(false),
+            seat: Seat::default(),
         });
         shared.poll().store((&raw const READABLE).cast_mut(), Ordering::SeqCst);
         let state = StateRef { block, _owner: Arc::clone(&shared) };
@@ -127,6 +131,11 @@ impl VcpuShared {
     /// Whether STOP was requested; forgets it.
     pub(crate) fn take_stop(&self) -> bool {
         self.requests.fetch_and(!request::STOP, Ordering::SeqCst) & request::STOP != 0
+    }
+
+    /// Where its thread is, while it wants to run.
+    pub(crate) fn wants_a_cpu(&self) -> Option<Seated> {
+        if self.parked.load(Ordering::Relaxed) { None } else { self.seat.look() }
     }
 
     /// Waits until something is requested, or until `deadline`.

@@ -111,6 +111,8 @@ pub struct State {
     pub calls: CallStack,
     /// The jump cache, by hash of the virtual address.
     pub jump_cache: [JumpCacheEntry; JUMP_CACHE_ENTRIES],
+    /// PAUSEs until the next call of [`crate::exec::pv::pause`].
+    pub pauses_left: u64,
 
     // From here on only Rust code uses it.
     /// The `Cpu` that owns this block; first argument of helpers.

@@ -10,13 +10,13 @@ use berth_memory::layout::HIGH_RAM_START;
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
-use crate::SoftOptions;
 use crate::code::cache::CodeCache;
 use crate::exec::features::FeatureSet;
 use crate::exec::pv::PvShared;
 use crate::memory::HostMap;
 use crate::memory::slots::{SlotNumbers, Slotless};
 use crate::shared::{VcpuShared, request};
+use crate::{SoftOptions, seat};
 
 /// The shared part of a VM on the soft engine.
 pub struct Vm {
@@ -101,6 +101,21 @@ impl Vm {
     /// Asks all vCPUs to forget where pages are, so that they note which they access.
     pub(crate) fn begin_access_period(&self) {
         self.list.read().iter().for_each(|vcpu| vcpu.request_later(request::FORGET));
+    }
+
+    /// Whether a vCPU wants to run and has no host CPU, as far as that can be told.
+    pub(crate) fn somebody_lacks_a_cpu(&self) -> bool {
+        if self.debug.no_give_way {
+            return false;
+        }
+        let wanting: Vec<_> = self.list.read().iter().filter_map(|vcpu| vcpu.wants_a_cpu()).collect();
+        seat::somebody_lacks_a_cpu(&wanting, seat::host_cpus())
+    }
+
+    /// As [`Self::somebody_lacks_a_cpu`], for one vCPU: whether it may be the one.
+    pub(crate) fn lacks_a_cpu(&self, index: usize) -> bool {
+        let wants = self.vcpu(index).is_some_and(|vcpu| vcpu.wants_a_cpu().is_some());
+        wants && self.somebody_lacks_a_cpu()
     }
 
     fn request_others(&self, me: VcpuId, bits: u32) {

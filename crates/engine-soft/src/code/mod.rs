@@ -28,6 +28,8 @@ pub enum Flow {
     Jump,
     /// HLT: wait for an interrupt, then go on after it.
     Halt,
+    /// The next instruction follows, but another vCPU should have this one's host CPU for a moment.
+    GiveWay,
 }
 
 /// Why translated code was left ([`crate::state::State::exit_reason`]).

@@ -98,6 +98,7 @@ pub fn execute(cpu: &mut Cpu, insn: &Instruction) -> Guest<Flow> {
         M::Invlpg => system::invlpg(cpu, insn),
         M::Invpcid => system::invpcid(cpu, insn),
         M::Hlt => system::hlt(cpu),
+        M::Pause => pv::pause(cpu),
         M::Stac | M::Clac => system::set_ac(cpu, insn),
         M::Swapgs => system::swapgs(cpu),
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => system::segment_base(cpu, insn),

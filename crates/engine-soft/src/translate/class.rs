@@ -13,6 +13,8 @@ pub(crate) enum Class {
     Copy,
     /// Nothing to do.
     Nop,
+    /// PAUSE.
+    Pause,
     /// Address arithmetic.
     Lea,
     /// BT, BTS, BTR or BTC with a register index into memory.
@@ -160,6 +162,7 @@ pub(crate) fn classify(insn: &Instruction, mode: Mode) -> Class {
         | M::Prefetch
         | M::Prefetchwt1
         | M::Reservednop => Class::Nop,
+        M::Pause => Class::Pause,
         M::Lea => Class::Lea,
         M::Bt | M::Bts | M::Btr | M::Btc
             if insn.op0_kind() == OpKind::Memory && insn.op1_kind() == OpKind::Register =>

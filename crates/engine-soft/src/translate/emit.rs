@@ -122,6 +122,7 @@ impl<'a> Emitter<'a> {
         match class {
             Class::Copy => self.copy(insn),
             Class::Nop => {}
+            Class::Pause => self.pause(insn),
             Class::Lea => self.lea(insn),
             Class::BitString => self.bit_string(insn),
             Class::Push => self.push(insn),

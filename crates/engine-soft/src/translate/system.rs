@@ -62,6 +62,24 @@ impl Emitter<'_> {
         }
     }
 
+    /// PAUSE: a loop of it may wait for a vCPU that has no host CPU.
+    pub(super) fn pause(&mut self, insn: &Instruction) {
+        self.flags.to_memory(self.asm);
+        self.flags.host_lost();
+        self.asm.bytes(&[0xf3, 0x90]);
+        if self.vm.vcpus == 1 {
+            return;
+        }
+        let go_on = self.asm.label();
+        self.asm.mem(&[], true, &[0x83], 5, Mem::Gs(gs!(pauses_left))); // sub qword, imm8
+        self.asm.bytes(&[1]);
+        self.asm.jcc(cc::NE, go_on);
+        self.helper(insn, None);
+        self.asm.bind(go_on);
+        // The helper may have changed them, and it was not called each time.
+        self.flags = super::flags::Flags::MEMORY;
+    }
+
     /// SWAPGS at CPL 0.
     pub(super) fn swap_gs(&mut self) {
         let kernel_base = std::mem::offset_of!(Cpu, msrs) + std::mem::offset_of!(Msrs, kernel_gs_base);

@@ -6,6 +6,7 @@ use berth_engine::VcpuHandle;
 
 use crate::code::Flow;
 use crate::cpu::Cpu;
+use crate::exec::pv::spin;
 use crate::fault::Guest;
 
 const VAPIC_POLL_IRQ: u64 = 1;
@@ -36,12 +37,16 @@ pub fn hypercall(cpu: &mut Cpu) -> Guest<Flow> {
     let number = cpu.s.gpr[gpr::RAX] & mask;
     let args = [gpr::RBX, gpr::RCX, gpr::RDX, gpr::RSI].map(|r| cpu.s.gpr[r] & mask);
     let result = if cpu.s.cpl() > 0 { Err(Error::Perm) } else { call(cpu, number, args) };
+    let flow = match number {
+        SCHED_YIELD if result.is_ok() => spin::yield_to(cpu, args[0]),
+        _ => Flow::Leave,
+    };
     let value = match result {
         Ok(value) => value,
         Err(error) => (-(error as i64)) as u64,
     };
     cpu.s.gpr[gpr::RAX] = value & mask;
-    Ok(Flow::Leave)
+    Ok(flow)
 }
 
 fn call(cpu: &mut Cpu, number: u64, args: [u64; 4]) -> Result<u64, Error> {
@@ -54,11 +59,7 @@ fn call(cpu: &mut Cpu, number: u64, args: [u64; 4]) -> Result<u64, Error> {
         }
         CLOCK_PAIRING => Err(Error::OpNotSupp),
         SEND_IPI => send_ipi(cpu, args),
-        SCHED_YIELD => {
-            // Which vCPU the guest wants to run instead cannot be told to the host's scheduler.
-            std::thread::yield_now();
-            Ok(0)
-        }
+        SCHED_YIELD => Ok(0),
         _ => Err(Error::NoSys),
     }
 }

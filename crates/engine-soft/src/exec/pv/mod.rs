@@ -4,7 +4,8 @@
 //!   clock.rs      time since the VM started, wall-clock time at that moment
 //!   steal.rs      time that the vCPU's thread wanted to run and could not; "preempted" flag; deferred TLB flush
 //!   eoi.rs        end of interrupt without leaving translated code
-//!   hypercall.rs  wake a vCPU, send IPIs to many, give the host CPU away
+//!   hypercall.rs  wake a vCPU, send IPIs to many, give way
+//!   spin.rs       loops of PAUSE: giving way to a vCPU that has no host CPU
 //!   shared.rs     atomic access to structures in guest memory
 //! ```
 //!
@@ -18,6 +19,7 @@ mod clock;
 mod eoi;
 mod hypercall;
 mod shared;
+mod spin;
 mod steal;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +30,8 @@ pub(super) use clock::{clock_moved, read_system_time, read_wall_clock, write_sys
 pub use eoi::{offer_eoi, take_eoi};
 pub(super) use eoi::{read_eoi, write_eoi};
 pub use hypercall::hypercall;
+pub use spin::pause;
+pub(crate) use spin::{PAUSES, give_way};
 pub(super) use steal::{read_steal_time, write_steal_time};
 pub use steal::{resume, suspend, update_steal_time};
 
@@ -39,6 +43,7 @@ pub struct Pv {
     clock: clock::Clock,
     steal: steal::Steal,
     eoi: eoi::Eoi,
+    spin: spin::Spin,
 }
 
 /// What all vCPUs of a VM share.

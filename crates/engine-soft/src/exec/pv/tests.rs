@@ -183,3 +183,46 @@ fn hypercalls_answer() {
     let mut user = Machine::long(3);
     assert_eq!(hypercall(&mut user, 11, [0; 4]), -1);
 }
+
+#[test]
+fn a_loop_of_pause_gives_way_to_a_vcpu_without_a_host_cpu() {
+    let (mut m, _) = machine();
+    let (other, _state) = crate::shared::VcpuShared::new();
+    // Both on this thread, and so on one host CPU.
+    m.cpu.shared.seat.take();
+    other.seat.take();
+    if m.cpu.shared.wants_a_cpu().is_none_or(|seat| seat.host_cpu.is_none()) {
+        return; // The C library does not tell it.
+    }
+    m.cpu.vm.add_vcpu(Arc::clone(&other));
+    let mut in_a_loop = || {
+        m.cpu.msrs.pv.spin = spin::Spin::default();
+        // A thread that loses its CPU between the two seems to be in no loop.
+        (0..100).map(|_| pause(&mut m.cpu).unwrap()).find(|flow| *flow == Flow::GiveWay)
+    };
+    assert_eq!(in_a_loop(), Some(Flow::GiveWay));
+    other.seat.leave();
+    assert_eq!(in_a_loop(), None);
+    assert_eq!(m.cpu.s.pauses_left, PAUSES);
+}
+
+#[test]
+fn single_pauses_are_no_loop() {
+    let (mut m, _) = machine();
+    for _ in 0..3 {
+        assert_eq!(pause(&mut m.cpu), Ok(Flow::Next));
+        // Longer ago than any loop takes.
+        m.cpu.msrs.pv.spin = spin::Spin::default();
+    }
+}
+
+#[test]
+fn who_gives_way_is_preempted_until_something_is_asked_of_it() {
+    let (mut m, _) = machine();
+    msr::write(&mut m.cpu, n::KVM_STEAL_TIME, AREA | 1).unwrap();
+    m.write(AREA + 16, 1, 0);
+    m.cpu.shared.request(crate::shared::request::INTERRUPT);
+    give_way(&mut m.cpu);
+    assert_eq!(m.read(AREA + 16, 1), 0, "it runs again");
+    assert!(m.cpu.shared.has_requests() && m.cpu.interrupt_check);
+}
