@@ -36,6 +36,8 @@ pub struct Vm {
     pub description: VmDescription,
     /// The machine.
     pub control: MachineControl,
+    /// Whether its cold store may have a file.
+    pub has_store_dir: bool,
     /// What its guest prints.
     pub console: Arc<Console>,
     /// Who ends it.
@@ -76,6 +78,7 @@ pub(crate) fn state_of(state: MachineState) -> VmState {
         MachineState::Made => VmState::Starting,
         MachineState::Running => VmState::Running,
         MachineState::Paused => VmState::Paused,
+        MachineState::Frozen => VmState::Frozen,
         MachineState::Ended => VmState::Ended,
     }
 }

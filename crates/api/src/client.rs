@@ -16,7 +16,8 @@ use tokio::runtime::Runtime;
 use crate::http::{Ask, send, whole};
 use crate::types::{
     ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, Event, ExplainQuery, Explanation,
-    MemoryMap, ReclaimRequest, Reclaimed, StopRequest, VmInfo, VmStats,
+    FreezeAnswer, MemoryMap, MemoryRequest, Moved, ReclaimRequest, Reclaimed, StopRequest, StoreFileRequest,
+    VmInfo, VmStats,
 };
 
 /// How long a VM has to answer a request that it can answer at once.
@@ -255,14 +256,52 @@ impl Client {
     /// # Errors
     /// [`ClientError::Refused`] when the VM's host or engine lacks what it needs.
     pub fn reclaim(&self, bytes: u64, idle_seconds: u32) -> Result<Reclaimed, ClientError> {
-        let request = ReclaimRequest { bytes, idle_seconds };
-        let body = serde_json::to_vec(&request).map_err(|e| ClientError::Answer(e.to_string()))?;
-        // It takes as long as it takes: pages of many gigabytes may have to be compressed.
+        self.long_post("/reclaim", &ReclaimRequest { bytes, idle_seconds })
+    }
+
+    /// A request that takes as long as it takes: pages of many gigabytes may have to be compressed.
+    fn long_post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| ClientError::Answer(e.to_string()))?;
         let answer = self.runtime.block_on(async {
-            let ask = Ask { body: Some(body), ..Ask::new(Method::POST, "/reclaim") };
+            let ask = Ask { body: Some(body), ..Ask::new(Method::POST, path) };
             whole(send(&self.socket, ask).await?).await
         })?;
         parse(&answer)
+    }
+
+    /// Changes what the VM may have of the host's memory.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when that is not possible.
+    pub fn set_memory(&self, request: &MemoryRequest) -> Result<(), ClientError> {
+        self.put(Method::PUT, "/memory", request)
+    }
+
+    /// Moves what the cold store has in memory to its file: at least `bytes` if there are as many.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when the file cannot be written.
+    pub fn move_store_to_file(&self, bytes: u64) -> Result<Moved, ClientError> {
+        self.long_post("/store/file", &StoreFileRequest { bytes })
+    }
+
+    /// Lets the VM stand still with its memory in the cold store, until it is used or thawed.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it does not run, or the host lacks what it needs.
+    pub fn freeze(&self) -> Result<FreezeAnswer, ClientError> {
+        let answer = self
+            .runtime
+            .block_on(async { whole(send(&self.socket, Ask::new(Method::POST, "/freeze")).await?).await })?;
+        parse(&answer)
+    }
+
+    /// Lets a frozen VM go on. Does nothing to one that is not.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn thaw(&self) -> Result<(), ClientError> {
+        self.post("/thaw")
     }
 
     /// Makes the disk `id` larger.

@@ -13,8 +13,8 @@ pub use event::{Event, EventKind};
 pub use info::{ConsoleKind, DiskInfo, Ending, NetInfo, VmDescription, VmInfo, VmState, VsockInfo};
 pub use look::{ExplainQuery, MapQuery};
 pub use request::{
-    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, ErrorCode, ReclaimRequest, Reclaimed,
-    StopRequest,
+    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, ErrorCode, FreezeAnswer,
+    MemoryRequest, Moved, ReclaimRequest, Reclaimed, StopRequest, StoreFileRequest,
 };
 pub use stats::{
     BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, ThreadStats, VcpuStats,

@@ -9,6 +9,7 @@ use clap_complete::env::Shells;
 use crate::disk::DiskCommand;
 use crate::exec::ExecArguments;
 use crate::image::ImageCommand;
+use crate::keeper::KeeperArguments;
 use crate::options::VmOptions;
 use crate::rehearse::RehearseArguments;
 use crate::top::TopArguments;
@@ -50,6 +51,8 @@ pub enum Command {
     Image(ImageCommand),
     #[command(flatten)]
     Vms(VmCommand),
+    /// Move memory between VMs: take what they do not use, and as the last step freeze some
+    Keeper(KeeperArguments),
     /// Try how many VMs this host has room for, with guests that work
     Rehearse(RehearseArguments),
     /// Show what all VMs do, live
@@ -76,7 +79,8 @@ Keys: Ctrl-A x ends the VM, Ctrl-A p presses its power button, Ctrl-A h lists al
 Signals: SIGTERM, SIGINT and SIGHUP press the power button. A guest that is not off 10 seconds later is ended, \
 and at once by a second signal.
 
-Exit code: 0 when the guest powered off or you ended the VM, 1 when something failed, 2 for bad arguments; \
+Exit code: 0 when the guest powered off or you ended the VM, 1 when something failed, 2 for bad arguments, 3 when \
+the VM is refused because it does not fit on the host beside the others; \
 with --debug-exit what the guest asks for. With --detach 0 when the VM runs; `berth wait` has its exit code.")]
 pub struct RunArguments {
     /// Start it in the background: print its name as soon as it runs (then see `berth ps`, `berth console`)
@@ -88,6 +92,9 @@ pub struct RunArguments {
     /// Where the socket of its control API is [default: api.sock in the VM's runtime directory]
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
+    /// Start it although VMs are promised more than the host configuration allows (max-overcommit)
+    #[arg(long)]
+    pub force: bool,
     /// Take options from a VM file (TOML); those on the command line override it
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,

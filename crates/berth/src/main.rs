@@ -1,8 +1,9 @@
 //! The `berth` command.
 //!
 //! Exit codes: 0 for success, and for a guest that powered off or was ended by its user; 1 when something
-//! failed; 2 for a command line that makes no sense; the guest's own code with `--debug-exit`.
+//! failed; 2 for a command line that makes no sense; 3 for a VM that is refused because it does not fit; the guest's own code with `--debug-exit`.
 
+mod admission;
 mod boot;
 mod cli;
 mod completions;
@@ -12,8 +13,10 @@ mod detach;
 mod disk;
 mod escape;
 mod exec;
+mod host_config;
 mod host_report;
 mod image;
+mod keeper;
 mod log;
 mod options;
 mod rehearse;
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
             Err(e) => failure(&e),
         },
         Command::Vms(command) => vms::run(&command).unwrap_or_else(|e| failure(&e)),
+        Command::Keeper(arguments) => keeper::keeper(&arguments).unwrap_or_else(|e| failure(&e)),
         Command::Rehearse(arguments) => rehearse::rehearse(&arguments).unwrap_or_else(|e| failure(&e)),
         Command::Top(arguments) => top::top(&arguments),
         Command::Completions { shell } => print(&completions::script(&shell)),

@@ -37,7 +37,8 @@ pub struct VmOptions {
     #[arg(long, value_name = "OPTIONS")]
     pub cpus: Option<CpusOptions>,
     /// Memory, such as 512M or 2G [default: 512M]; then reserve=SIZE (stays in memory), limit=SIZE (what is in memory
-    /// at most: colder pages are compressed), hugepages=thp|none, with commas between
+    /// at most: colder pages are compressed), priority=N (0 to 1000; lower ones give way first [default: 100]),
+    /// hugepages=thp|none, with commas between
     #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "memory")]
     pub memory: Option<MemoryOptions>,
@@ -68,6 +69,10 @@ pub struct VmOptions {
     /// Give the guest a port 0xf4: a value written there ends the VM with exit code value*2+1
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub debug_exit: Option<bool>,
+    /// Directory for a file (without a name) that takes guest memory which is not in use, when there is not enough memory
+    /// for it compressed [default: that of the host configuration, or none]
+    #[arg(long, value_name = "DIRECTORY")]
+    pub store_dir: Option<PathBuf>,
     /// Most memory for translated code (soft engine) [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = parse_code_cache)]
     #[serde(deserialize_with = "code_cache")]
@@ -112,6 +117,7 @@ impl VmOptions {
             no_default_guest,
             no_reboot,
             debug_exit,
+            store_dir,
             code_cache,
             disk,
             net,
@@ -134,6 +140,7 @@ impl VmOptions {
             no_default_guest: no_default_guest.or(others.no_default_guest),
             no_reboot: no_reboot.or(others.no_reboot),
             debug_exit: debug_exit.or(others.debug_exit),
+            store_dir: store_dir.or(others.store_dir),
             code_cache: code_cache.or(others.code_cache),
             disk: if disk.is_empty() { others.disk } else { disk },
             net: if net.is_empty() { others.net } else { net },
@@ -170,7 +177,7 @@ impl VmOptions {
 
     /// Relative paths are taken from `directory` from now on.
     pub fn relative_to(&mut self, directory: &Path) {
-        let boot = [&mut self.kernel, &mut self.initrd].into_iter().flatten();
+        let boot = [&mut self.kernel, &mut self.initrd, &mut self.store_dir].into_iter().flatten();
         let disks = self.disk.iter_mut().map(|disk| &mut disk.path);
         let sockets = self.net.iter_mut().filter_map(|net| net.socket.as_mut());
         let vsock = self.vsock.iter_mut().map(|vsock| &mut vsock.path);

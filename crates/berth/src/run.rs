@@ -19,10 +19,12 @@ use berth_machine::{
     VirtioError,
 };
 
+use crate::admission::{self, AdmissionError, Promise};
 use crate::boot::{self, Boot};
 use crate::cli::RunArguments;
 use crate::console::{self, Guest};
 use crate::escape::{EscapeFilter, HELP, Key};
+use crate::host_config::{HostConfig, HostConfigError};
 use crate::options::{Engine, VmOptions};
 use crate::shutdown::Shutdown;
 use crate::terminal::RawTerminal;
@@ -50,6 +52,21 @@ pub enum RunError {
     /// Its share of CPU time.
     #[error(transparent)]
     CpuTime(#[from] CpuTimeError),
+    /// It does not fit on the host beside the others.
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
+    /// The host configuration.
+    #[error(transparent)]
+    HostConfig(#[from] HostConfigError),
+    /// Where the cold store's file is to be made.
+    #[error("no file for guest memory can be made in {}: {source}", path.display())]
+    StoreDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
     /// The VM's directory.
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
@@ -74,7 +91,8 @@ pub enum RunError {
 }
 
 impl RunError {
-    /// The exit code of the command: 2 when the user's description of the VM makes no sense, else 1.
+    /// The exit code of the command: 2 when the user's description of the VM makes no sense, 3 when the VM is refused
+    /// because it does not fit on the host, else 1.
     pub fn exit_code(&self) -> ExitCode {
         match self {
             Self::File(VmFileError::Content { .. })
@@ -82,6 +100,7 @@ impl RunError {
             | Self::Machine(MachineError::Board(BoardError::Virtio(
                 VirtioError::Options(_) | VirtioError::TooMany,
             ))) => ExitCode::from(2),
+            Self::Admission(e) if e.is_refusal() => ExitCode::from(3),
             _ => ExitCode::FAILURE,
         }
     }
@@ -134,6 +153,13 @@ fn run_as(
     let api = arguments.api_socket.clone().or(home.map(VmDirectory::default_api_socket));
     let image = options.image.clone().map(String::from);
     let description = vm_home::description(&config, image, detached, api.clone().unwrap_or_default());
+    let has_store_dir = config.store_dir.is_some();
+    if home.is_some() {
+        let memory = &config.memory;
+        let promise = Promise::new(name, memory.reserve.0, memory.size.0, config.vcpus);
+        let _admitted = admission::admit(&promise, arguments.force)?;
+        vm_home::describe(&description)?;
+    }
     if let Some(list) = options.cpus.as_ref().and_then(|cpus| cpus.pin.as_ref()) {
         // Before there are threads: all of them inherit it.
         cpu::pin(list).map_err(RunError::host("the host CPUs that the VM may use"))?;
@@ -148,7 +174,6 @@ fn run_as(
     let listener = match &api {
         Some(path) => {
             let failed = |source| RunError::Api { path: path.clone(), source };
-            vm_home::describe(&description)?;
             Some(vm_home::listen(path).map_err(failed)?)
         }
         None => None,
@@ -166,7 +191,8 @@ fn run_as(
         None
     };
     machine.start()?;
-    let vm = Vm { description, control: control.clone(), console, owner: Box::new(shutdown.clone()) };
+    let owner = Box::new(shutdown.clone());
+    let vm = Vm { description, control: control.clone(), has_store_dir, console, owner };
     let server = listener.map(|listener| Server::start(vm, listener)).transpose();
     let server = server.map_err(RunError::host("the control API"))?;
     if detached {
@@ -233,9 +259,23 @@ fn configure(
         debug_exit: options.debug_exit.unwrap_or(false),
         no_reboot: options.no_reboot.unwrap_or(false),
         code_cache_bytes: options.code_cache(),
+        store_dir: store_dir(options)?,
         devices,
     };
     Ok((config, root_disk))
+}
+
+/// Where the cold store's file is made, if it is to have one: it must be possible now, not only when memory is short.
+fn store_dir(options: &VmOptions) -> Result<Option<PathBuf>, RunError> {
+    let wanted = match &options.store_dir {
+        Some(path) => Some(path.clone()),
+        None => HostConfig::read()?.store_dir,
+    };
+    let Some(path) = wanted else { return Ok(None) };
+    match tempfile::tempfile_in(&path) {
+        Ok(_) => Ok(Some(path)),
+        Err(source) => Err(RunError::StoreDir { path, source }),
+    }
 }
 
 /// The engine that the user wants, or what suits this host.

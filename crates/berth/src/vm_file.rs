@@ -149,6 +149,7 @@ mod tests {
             no-default-guest = true
             no-reboot = true
             debug-exit = false
+            store-dir = "store"
             code-cache = "16M"
             console = "virtio"
             rng = true
@@ -179,6 +180,7 @@ mod tests {
             no_default_guest: Some(true),
             no_reboot: Some(true),
             debug_exit: Some(false),
+            store_dir: Some("store".into()),
             code_cache: Some(16 << 20),
         };
         assert_eq!(parse(text), Ok(expected));

@@ -100,6 +100,7 @@ pub fn description(
         engine: config.engine.to_string(),
         vcpus: config.vcpus,
         memory_bytes: config.memory.size.0,
+        reserve_bytes: config.memory.reserve.0,
         image,
         kernel: text(&config.kernel),
         cmdline: config.cmdline.clone(),

@@ -1,11 +1,10 @@
 //! VMs in the background, and the commands that find and steer them. The guests are a few instructions each.
 
 use std::io::{Read, Write};
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{ECHOES, SLEEPS, kernel};
+use common::{ECHOES, SLEEPS, User, kernel};
 
 mod common;
 
@@ -16,80 +15,6 @@ const ENDS_SOON: &[u8] = &[
     0x49, 0x75, 0xfd, // again: dec ecx; jnz again
     0xb0, 0x10, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd, // mov al, 0x10; out 0xf4, al; hlt; jmp hlt
 ];
-
-/// A user with VMs of their own.
-struct User {
-    directory: tempfile::TempDir,
-}
-
-impl User {
-    fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
-        command.args(arguments).env("XDG_RUNTIME_DIR", self.directory.path());
-        command.env("XDG_DATA_HOME", self.directory.path().join("data")).stdin(Stdio::null());
-        command
-    }
-
-    fn berth(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
-    }
-
-    /// What the command prints; it must succeed.
-    fn ok(&self, arguments: &[&str]) -> String {
-        let output = self.berth(arguments);
-        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// The complaint of a command that must fail with this exit code.
-    fn fails(&self, code: i32, arguments: &[&str]) -> String {
-        let output = self.berth(arguments);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
-        said
-    }
-
-    fn start(&self, name: &str, code: &[u8]) {
-        let kernel = kernel(&self.directory, code);
-        let arguments =
-            ["run", "-d", "--engine", "soft", "--memory", "16M", "--debug-exit", "--name", name, "--kernel"];
-        let printed = self.ok(&[&arguments[..], &[kernel.to_str().unwrap()]].concat());
-        assert_eq!(printed, format!("{name}\n"));
-    }
-
-    fn json(&self, arguments: &[&str]) -> serde_json::Value {
-        serde_json::from_str(&self.ok(arguments)).unwrap()
-    }
-
-    fn state(&self, name: &str) -> String {
-        let all = self.json(&["ps", "--all", "--json"]);
-        let vm = all.as_array().unwrap().iter().find(|vm| vm["name"] == name);
-        vm.map_or_else(String::new, |vm| vm["state"].as_str().unwrap().to_owned())
-    }
-
-    fn home(&self, name: &str) -> PathBuf {
-        self.directory.path().join("berth").join(name)
-    }
-
-    /// Nothing of VMs may be left.
-    fn assert_clean(&self) {
-        let left: Vec<_> =
-            std::fs::read_dir(self.directory.path().join("berth")).unwrap().flatten().collect();
-        assert!(left.is_empty(), "{left:?}");
-    }
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        for vm in std::fs::read_dir(self.directory.path().join("berth")).into_iter().flatten().flatten() {
-            self.berth(&["kill", vm.file_name().to_str().unwrap()]);
-        }
-    }
-}
 
 #[test]
 fn a_vm_in_the_background_is_listed_described_and_stopped() {

@@ -32,6 +32,20 @@ pub struct Cgroup {
     pub writable: bool,
 }
 
+impl Cgroup {
+    /// What processes of this group may have of memory at most, in bytes, by its own limit and by those of groups above it.
+    pub(crate) fn memory_limit(&self, root: &Path) -> Option<u64> {
+        let file = match self.version {
+            CgroupVersion::V1 => "memory.limit_in_bytes",
+            CgroupVersion::V2 => "memory.max",
+        };
+        // Above the mount there are no such files.
+        let groups = Path::new(self.path.trim_start_matches('/')).ancestors();
+        let limits = groups.filter_map(|group| read::number(root, &format!("{}/{file}", group.display())));
+        limits.min()
+    }
+}
+
 /// Controllers of version 1 that limit what a VM uses.
 const USEFUL: [&str; 6] = ["cpu", "memory", "cpuset", "io", "blkio", "freezer"];
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::read;
+use crate::{cgroup, read};
 
 /// RAM, in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -19,6 +19,12 @@ impl Memory {
     /// Reads `/proc/meminfo` below `root`.
     pub fn read(root: &Path) -> Self {
         parse_meminfo(&read::text(root, "proc/meminfo").unwrap_or_default())
+    }
+
+    /// What this process may have at most, in bytes: the host's memory, or what its control groups allow.
+    pub fn usable(root: &Path) -> u64 {
+        let total = Self::read(root).total.unwrap_or(0);
+        cgroup::read(root).iter().filter_map(|group| group.memory_limit(root)).fold(total, u64::min)
     }
 }
 
@@ -158,6 +164,30 @@ mod tests {
         assert_eq!(memory.total, Some(24_684_448 * 1024));
         assert_eq!(memory.available, Some(24_000_000 * 1024));
         assert_eq!(parse_meminfo("MemTotal: 99999999999999999999 kB"), Memory::default());
+    }
+
+    #[test]
+    fn control_groups_limit_what_is_usable() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("proc/meminfo", "MemTotal: 8388608 kB\n");
+        assert_eq!(Memory::usable(root.path()), 8 << 30);
+        write("proc/self/mountinfo", "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n");
+        write("proc/self/cgroup", "0::/user/vms\n");
+        write("sys/fs/cgroup/user/vms/memory.max", "max\n");
+        assert_eq!(Memory::usable(root.path()), 8 << 30);
+        // A group further up counts too.
+        write("sys/fs/cgroup/user/memory.max", "1073741824\n");
+        assert_eq!(Memory::usable(root.path()), 1 << 30);
+        write("proc/self/mountinfo", "30 25 0:26 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n");
+        write("proc/self/cgroup", "4:memory:/vms\n");
+        write("sys/fs/cgroup/memory/vms/memory.limit_in_bytes", "536870912\n");
+        write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(Memory::usable(root.path()), 512 << 20);
     }
 
     #[test]

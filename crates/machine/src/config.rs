@@ -49,6 +49,8 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// Bound on the soft engine's translated code in bytes, for all vCPUs together.
     pub code_cache_bytes: u64,
+    /// Where the cold store's file is made, if it is to have one.
+    pub store_dir: Option<PathBuf>,
     /// Disks, network and other devices that not every VM has.
     pub devices: DeviceOptions,
 }

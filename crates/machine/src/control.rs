@@ -12,9 +12,10 @@ use berth_memory::{Evicted, GuestMemory};
 use crate::board::Board;
 use crate::cpu_time::{CpuTime, CpuTimeError};
 use crate::event::{Done, Event};
+use crate::freeze::{self, FreezeError, Frozen};
 use crate::notice::Notices;
-use crate::options::CpuLimit;
-use crate::reclaim::{ReclaimError, Reclaimer};
+use crate::options::{CpuLimit, OptionError};
+use crate::reclaim::{MemoryShare, ReclaimError, Reclaimer};
 use crate::status::{MachineState, Status};
 use crate::virtio::DiskResizeError;
 
@@ -26,6 +27,7 @@ pub struct MachineControl {
     pub(crate) memory: GuestMemory,
     pub(crate) status: Arc<Status>,
     pub(crate) reclaimer: Arc<Reclaimer>,
+    pub(crate) vm_name: Arc<str>,
     pub(crate) physical_bits: u8,
     pub(crate) cpu_time: Arc<CpuTime>,
 }
@@ -83,9 +85,49 @@ impl MachineControl {
         self.reclaimer.reclaim(bytes, idle)
     }
 
+    /// What the VM may have of the host's memory.
+    pub fn memory_share(&self) -> MemoryShare {
+        self.reclaimer.share()
+    }
+
+    /// Changes what the VM may have of the host's memory.
+    ///
+    /// # Errors
+    /// [`OptionError`] when that is not possible; then it is as it was.
+    pub fn set_memory_share(&self, share: MemoryShare) -> Result<(), OptionError> {
+        self.reclaimer.set_share(share)
+    }
+
+    /// Moves what the cold store has in memory to its file, the oldest first: at least `bytes` if there are as many.
+    /// Returns how many; 0 if the VM has no directory for such a file.
+    ///
+    /// # Errors
+    /// What the host says: no room, or the disk fails. Nothing is lost then.
+    pub fn move_store_to_file(&self, bytes: u64) -> Result<u64, ReclaimError> {
+        self.reclaimer.move_to_file(bytes, || true)
+    }
+
+    /// Lets the machine stand still as [`Self::pause`] does, and moves its memory above the reserve to the cold store, and
+    /// that to its file if there is one. It goes on by itself when a program of the host wants something of the guest
+    /// through vsock or user networking.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; the machine is as before then.
+    pub fn freeze(&self) -> Result<Frozen, FreezeError> {
+        freeze::freeze(self)
+    }
+
+    /// What was resident in bytes when it was frozen last.
+    pub fn resident_before_freeze(&self) -> Option<u64> {
+        (self.state() == MachineState::Frozen).then(|| self.reclaimer.resident_before_freeze())
+    }
+
     /// Gives input to the serial console; returns how many bytes it took. It takes less than all when the guest
-    /// does not read fast enough: [`Self::wait_for_console_room`] before the rest.
+    /// does not read fast enough: [`Self::wait_for_console_room`] before the rest. A frozen machine is thawed.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
+        if !bytes.is_empty() && self.state() == MachineState::Frozen {
+            self.request_thaw(|| ());
+        }
         self.board.console_input(bytes)
     }
 
@@ -164,7 +206,35 @@ impl MachineControl {
 
     /// Lets a machine that stands still go on: its guest does not see that time has passed. As [`Self::request_pause`].
     pub fn request_resume(&self, done: impl FnOnce() + Send + 'static) {
+        self.read_ahead();
         self.send(Event::Resume(Box::new(done)));
+    }
+
+    /// Lets a machine that is frozen go on; does nothing to one that is not. As [`Self::request_resume`].
+    pub fn request_thaw(&self, done: impl FnOnce() + Send + 'static) {
+        self.read_ahead();
+        self.send(Event::Thaw(Box::new(done)));
+    }
+
+    /// [`Self::request_thaw`], and waits for it.
+    pub fn thaw(&self) -> bool {
+        self.wait_for(|done| self.request_thaw(done))
+    }
+
+    /// Lets it stand still as frozen.
+    pub(crate) fn stand_frozen(&self) -> bool {
+        self.wait_for(|done| self.send(Event::Freeze(done)))
+    }
+
+    /// A machine that was frozen needs what is in the store's file.
+    fn read_ahead(&self) {
+        if self.state() != MachineState::Frozen {
+            return;
+        }
+        let memory = self.memory.clone();
+        // Without a thread it is read when it is needed.
+        let name = berth_devices::thread_name(&self.vm_name, "ahead");
+        let _ = std::thread::Builder::new().name(name).spawn(move || memory.store_file_will_be_read());
     }
 
     /// [`Self::request_pause`], and waits for it; returns whether the machine stands still.

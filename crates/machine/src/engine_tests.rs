@@ -198,6 +198,7 @@ fn run_on_all(image: &Image, vcpus: u8, code: u8) {
             debug_exit: true,
             no_reboot: true,
             code_cache_bytes: 1 << 20,
+            store_dir: None,
             devices: Default::default(),
         };
         let mut machine = Machine::with_engine(config, Box::new(std::io::sink()), |memory, _| match runner {

@@ -20,6 +20,10 @@ pub enum Event {
     Pause(Done),
     /// The owner wants the VM to go on.
     Resume(Done),
+    /// The VM is to stand still because its memory is wanted, if it runs.
+    Freeze(Done),
+    /// A VM that stands still because its memory was wanted is to go on.
+    Thaw(Done),
     /// Somebody wants to know the state of a vCPU.
     Look {
         /// Which.

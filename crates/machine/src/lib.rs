@@ -19,6 +19,7 @@ mod cpu_time;
 #[cfg(test)]
 mod engine_tests;
 mod event;
+mod freeze;
 mod look;
 mod machine;
 mod notice;
@@ -38,9 +39,11 @@ pub use board::BoardError;
 pub use config::{BadVcpuCount, EngineKind, MachineConfig};
 pub use control::{BalloonControl, MachineControl};
 pub use cpu_time::CpuTimeError;
+pub use freeze::{FreezeError, Frozen};
 pub use look::LookError;
 pub use machine::{Machine, MachineError};
 pub use notice::{Notice, Notices, Recorded};
+pub use reclaim::{MemoryShare, ReclaimError};
 pub use status::MachineState;
 pub use virtio::{DiskResizeError, VirtioError};
 

@@ -22,7 +22,7 @@ use crate::control::MachineControl;
 use crate::cpu_time::{CpuTime, Gate};
 use crate::event::Event;
 use crate::options::HugePages;
-use crate::reclaim::{LimitThread, Reclaimer};
+use crate::reclaim::Reclaimer;
 use crate::status::Status;
 use crate::supervisor::{Parts, Supervisor};
 use crate::vcpu_thread::{VcpuContext, VcpuThread};
@@ -61,7 +61,6 @@ pub struct Machine {
     name: String,
     control: MachineControl,
     life: Life,
-    _limit: Option<LimitThread>,
 }
 
 /// How far the calls have come: [`Machine::start`] and [`Machine::wait`] in this order.
@@ -150,14 +149,10 @@ impl Machine {
             vcpus.push(thread);
         }
         let physical_bits = engine.physical_bits();
-        let reclaimer = Arc::new(Reclaimer::new(&config, memory.clone(), engine.clone()));
-        let limit = match config.memory.limit {
-            None => None,
-            Some(limit) => Some(
-                LimitThread::start(&config.name, reclaimer.clone(), limit.0)
-                    .map_err(|source| MachineError::Thread { what: "memory".to_owned(), source })?,
-            ),
-        };
+        let reclaimer = Reclaimer::new(&config, memory.clone(), engine.clone());
+        reclaimer
+            .keep_limit()
+            .map_err(|source| MachineError::Thread { what: "memory".to_owned(), source })?;
         let supervisor = Supervisor::new(Parts {
             vcpus,
             events,
@@ -171,9 +166,18 @@ impl Machine {
             status: status.clone(),
         });
         let cpu_time = Arc::new(CpuTime::new(&config.name, gate, handles));
-        let control =
-            MachineControl { events: sender, board, memory, status, reclaimer, physical_bits, cpu_time };
-        Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)), _limit: limit })
+        let vm_name = config.name.as_str().into();
+        let control = MachineControl {
+            events: sender,
+            board,
+            memory,
+            status,
+            reclaimer,
+            vm_name,
+            physical_bits,
+            cpu_time,
+        };
+        Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
     }
 
     /// Starts the vCPUs.
@@ -216,6 +220,7 @@ impl Machine {
             Life::Ended(outcome) => outcome,
         };
         self.control.cpu_time.release();
+        self.control.reclaimer.end();
         self.life = Life::Ended(outcome.clone());
         outcome
     }
@@ -224,6 +229,7 @@ impl Machine {
 impl Drop for Machine {
     /// Stops the machine if it runs, and waits for its threads.
     fn drop(&mut self) {
+        self.control.reclaimer.end();
         if let Life::Started(_) = self.life {
             self.control.stop();
             self.wait();

@@ -17,6 +17,9 @@ pub enum MachineState {
     Running,
     /// vCPUs, devices and the guest's clock stand still.
     Paused,
+    /// As [`Self::Paused`], but because its memory was wanted and not because its owner wished it: it goes on when somebody
+    /// needs it.
+    Frozen,
     /// It has ended.
     Ended,
 }

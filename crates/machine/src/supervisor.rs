@@ -13,6 +13,7 @@
 //! 3. *Paused*: every vCPU is parked, no device has a request under way, and the clock of devices stands still; time
 //!    that passes is none of the guest's. First the vCPUs stop, then the clock, then the devices; they go on in the
 //!    opposite order.
+//!    A machine that is frozen is *Paused* too; who asked for it is all that differs.
 //! 4. *Halted*: every vCPU has reported that it is parked. Only now devices are reset and memory is loaded again,
 //!    because a running vCPU would see half of it.
 //!
@@ -181,7 +182,17 @@ impl Supervisor {
                 }
                 Event::Stop => return Verdict::End(Outcome::Stopped),
                 Event::Pause(done) => {
-                    self.pause();
+                    self.pause(MachineState::Paused);
+                    done();
+                }
+                Event::Freeze(done) => {
+                    self.pause(MachineState::Frozen);
+                    done();
+                }
+                Event::Thaw(done) => {
+                    if self.status.state() == MachineState::Frozen {
+                        self.resume();
+                    }
                     done();
                 }
                 Event::Resume(done) => {
@@ -218,9 +229,12 @@ impl Supervisor {
         Verdict::Restart
     }
 
-    /// *Running* to *Paused*, if it is *Running*.
-    fn pause(&mut self) {
+    /// *Running* to *Paused*, if it is *Running*; to be called `state`. What was frozen and is to be paused is called so.
+    fn pause(&mut self, state: MachineState) {
         if self.phase != Phase::Running {
+            if state == MachineState::Paused {
+                self.status.enter(state);
+            }
             return;
         }
         for vcpu in &self.vcpus {
@@ -239,8 +253,8 @@ impl Supervisor {
         }
         self.pause = Some(self.board.pause());
         self.enter(Phase::Running, Phase::Paused);
-        self.status.enter(MachineState::Paused);
-        info!("the VM is paused");
+        self.status.enter(state);
+        info!("the VM stands still: {state:?}");
     }
 
     /// *Paused* to *Running*, if it is *Paused*.
@@ -281,7 +295,9 @@ impl Supervisor {
                 Ok(Event::Stop) => verdict = Verdict::End(Outcome::Stopped),
                 Ok(Event::Power(event)) => debug!("{event:?} came while the VM halted"),
                 Ok(Event::Reset | Event::Look { .. }) => {}
-                Ok(event @ (Event::Pause(_) | Event::Resume(_))) => self.deferred.push_back(event),
+                Ok(event @ (Event::Pause(_) | Event::Resume(_) | Event::Freeze(_) | Event::Thaw(_))) => {
+                    self.deferred.push_back(event);
+                }
                 Err(_) => break,
             }
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use crate::options::MemoryOptions;
+use crate::options::{DEFAULT_PRIORITY, MAX_PRIORITY, MemoryOptions};
 use berth_cpu::{CpuState, MpState, VcpuId};
 use berth_engine::{
     Bus, DirtyPages, Engine, EngineError, EventFd, Exit, InterruptControllers, LocalApic, StoodStill, Vcpu,
@@ -194,6 +194,7 @@ fn config(kernel: &Kernel, vcpus: u8) -> MachineConfig {
         debug_exit: true,
         no_reboot: false,
         code_cache_bytes: 1 << 20,
+        store_dir: None,
         devices: Default::default(),
     }
 }
@@ -477,6 +478,63 @@ fn a_pause_parks_all_vcpus_until_the_resume() {
     let states: Vec<_> = control.notices().after(0).into_iter().map(|r| r.notice).collect();
     assert_eq!(states.len(), 8, "{states:?}");
     assert_eq!(states.last(), Some(&Notice::State(MachineState::Ended)));
+}
+
+#[test]
+fn a_frozen_machine_is_thawed_but_a_paused_one_is_not() {
+    let kernel = Kernel::new();
+    let (seen, turns) = channel();
+    let mut machine = machine(config(&kernel, 2), move |c| {
+        seen.send(c.turn).unwrap();
+        c.halt()
+    });
+    let control = machine.control();
+    machine.start().unwrap();
+    let both_run = || (0..2).for_each(|_| _ = turns.recv_timeout(LONG).unwrap());
+    both_run();
+    assert!(control.stand_frozen());
+    assert_eq!(control.state(), MachineState::Frozen);
+    assert!(matches!(control.freeze(), Err(FreezeError::NotRunning)));
+    assert!(control.thaw());
+    both_run();
+    // Whoever wants to use it resumes what is frozen too.
+    assert!(control.stand_frozen() && control.resume());
+    both_run();
+    // Its owner wants it to stand still: then nobody else lets it go on.
+    assert!(control.stand_frozen() && control.pause());
+    assert_eq!(control.state(), MachineState::Paused);
+    assert!(control.thaw());
+    assert_eq!(control.state(), MachineState::Paused);
+    // Nor is a paused one called frozen.
+    assert!(control.stand_frozen());
+    assert_eq!(control.state(), MachineState::Paused);
+    assert!(turns.try_recv().is_err());
+    assert!(control.resume());
+    both_run();
+    assert!(control.stand_frozen());
+    control.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
+    assert!(matches!(control.freeze(), Err(FreezeError::NotRunning)));
+}
+
+#[test]
+fn shares_of_memory_are_changed_and_checked() {
+    let kernel = Kernel::new();
+    let machine = machine(config(&kernel, 1), |c| c.halt());
+    let control = machine.control();
+    let share = control.memory_share();
+    assert_eq!((share.reserve, share.limit, share.priority), (0, None, DEFAULT_PRIORITY));
+    let good = MemoryShare { reserve: 1 << 20, limit: Some(2 << 20), priority: 7 };
+    control.set_memory_share(good).unwrap();
+    for bad in [
+        MemoryShare { reserve: 9 << 20, ..good },
+        MemoryShare { limit: Some(9 << 20), ..good },
+        MemoryShare { limit: Some(1 << 19), ..good },
+        MemoryShare { priority: MAX_PRIORITY + 1, ..good },
+    ] {
+        assert!(control.set_memory_share(bad).is_err(), "{bad:?}");
+        assert_eq!(control.memory_share(), good);
+    }
 }
 
 #[test]

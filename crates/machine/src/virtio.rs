@@ -1,6 +1,7 @@
 //! The virtio devices of a machine: made from their options, and put on PCI from device 1 on.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use berth_devices::irq::Interrupts;
@@ -104,6 +105,7 @@ pub struct VirtioDevices {
     nets: Vec<(String, Arc<Net>)>,
     console: Option<Arc<Console>>,
     balloon: Option<Arc<Balloon>>,
+    vsock: Option<Arc<Vsock>>,
     dma: Dma,
 }
 
@@ -127,6 +129,7 @@ impl VirtioDevices {
             nets: Vec::new(),
             console: None,
             balloon: None,
+            vsock: None,
             dma: Dma::new(memory.clone()),
         };
         let wiring = Wiring { interrupts, pci };
@@ -149,7 +152,9 @@ impl VirtioDevices {
         if let Some(vsock) = &options.vsock {
             let device = Vsock::new(vsock.cid, &vsock.path, thread("vsock"))
                 .map_err(|source| VirtioError::Vsock { path: vsock.path.display().to_string(), source })?;
-            made.add(Arc::new(device), "vsock", &wiring)?;
+            let device = Arc::new(device);
+            made.vsock = Some(device.clone());
+            made.add(device, "vsock", &wiring)?;
         }
         if options.console == ConsoleKind::Virtio {
             let console = Console::new(output.clone(), thread("hvc0"))
@@ -226,6 +231,20 @@ impl VirtioDevices {
     /// The balloon, if there is one.
     pub fn balloon(&self) -> Option<&Balloon> {
         self.balloon.as_deref()
+    }
+
+    /// Descriptors that become readable when a program of the host wants something of the guest: those of vsock and of
+    /// user networking. Tap devices have packets that nobody asked for. Call it while the devices
+    /// pause.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn host_sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        let mut sockets = self.vsock.as_ref().map_or(Ok(Vec::new()), |vsock| vsock.host_sockets())?;
+        for (_, net) in &self.nets {
+            sockets.extend(net.host_socket()?);
+        }
+        Ok(sockets)
     }
 
     /// Each disk's id and what it has done.

@@ -1,5 +1,6 @@
 //! RAM: regions of guest physical memory backed by anonymous host memory.
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -13,6 +14,9 @@ use crate::cold::Ages;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM};
 use crate::store::{Evicted, Faults, Hold, Holds, Store, StoreCounters, StoreError};
 use crate::{GuestPhysAddr, HostVirtAddr, PAGE_SHIFT, PAGE_SIZE};
+
+/// Pages that are evicted before it is asked again whether to go on.
+const EVICTED_AT_ONCE: usize = 1024;
 
 /// Why guest memory could not be made or accessed.
 #[derive(Debug, thiserror::Error)]
@@ -244,6 +248,44 @@ impl GuestMemory {
     pub fn evict_cold(&self, ages: &Ages, bytes: u64, min_age: u8) -> std::io::Result<Evicted> {
         let Some(store) = self.pages.store.get() else { return Ok(Evicted::default()) };
         Ok(store.evict(&ages.coldest(self, bytes, min_age)?))
+    }
+
+    /// As [`Self::evict_cold`] with all that there is, as long as `go_on` says so.
+    ///
+    /// # Errors
+    /// As [`Self::evict_cold`].
+    pub fn evict_all(&self, ages: &Ages, bytes: u64, go_on: impl Fn() -> bool) -> std::io::Result<Evicted> {
+        let mut all = Evicted::default();
+        let Some(store) = self.pages.store.get() else { return Ok(all) };
+        for pages in ages.coldest(self, bytes, 0)?.chunks(EVICTED_AT_ONCE) {
+            if !go_on() {
+                break;
+            }
+            let Evicted { pages, zero, kept } = store.evict(pages);
+            all = Evicted { pages: all.pages + pages, zero: all.zero + zero, kept: all.kept + kept };
+        }
+        Ok(all)
+    }
+
+    /// Moves what the cold store has in memory to a file without a name in `directory`, the oldest first: at least `bytes`
+    /// if there are as many, and as long as `go_on` says so. Returns how many. Only the first call's directory counts.
+    ///
+    /// # Errors
+    /// What the host says: no room, or the disk fails. Nothing is lost then.
+    pub fn move_store_to_file(
+        &self,
+        directory: &Path,
+        bytes: u64,
+        go_on: impl Fn() -> bool,
+    ) -> std::io::Result<u64> {
+        self.pages.store.get().map_or(Ok(0), |store| store.move_to_file(directory, bytes, go_on))
+    }
+
+    /// Tells the host that what is in the store's file will be wanted soon.
+    pub fn store_file_will_be_read(&self) {
+        if let Some(store) = self.pages.store.get() {
+            store.will_be_read();
+        }
     }
 
     /// How the cold store stands, if it has begun.

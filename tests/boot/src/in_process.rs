@@ -46,6 +46,7 @@ impl InProcess {
             debug_exit: false,
             no_reboot: true,
             code_cache_bytes: 256 << 20,
+            store_dir: None,
             devices,
         };
         let (sender, output) = channel();

@@ -16,6 +16,7 @@ mod initrd;
 pub mod kills;
 mod namespace;
 mod noise;
+pub mod overcommit;
 mod programs;
 mod small_disk;
 

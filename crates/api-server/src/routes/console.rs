@@ -45,6 +45,8 @@ pub async fn attach(State(shared): State<Arc<Shared>>, mut request: Request) -> 
         response.headers_mut().insert(UPGRADE, HeaderValue::from_static(PROTOCOL));
         return response;
     }
+    // Somebody wants to see what it does. Input thaws it too.
+    shared.vm.control.request_thaw(|| ());
     let upgrade = hyper::upgrade::on(&mut request);
     shared.attached.fetch_add(1, Ordering::AcqRel);
     tokio::spawn(async move {

@@ -3,12 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use berth_api::types::{
-    ApiError, BalloonRequest, CpuRequest, DiskSizeRequest, ReclaimRequest, Reclaimed, StopRequest,
-};
+use berth_api::types::{ApiError, BalloonRequest, CpuRequest, DiskSizeRequest, StopRequest};
 use berth_machine::options::{CpuLimit, check_weight};
 use berth_machine::{DiskResizeError, MachineControl, MachineState};
 use tokio::sync::oneshot;
@@ -40,7 +37,7 @@ pub async fn resume(State(shared): State<Arc<Shared>>) -> Answer<StatusCode> {
 }
 
 /// Asks the machine for something, and waits until it is done without blocking the thread.
-async fn wait(
+pub(super) async fn wait(
     shared: &Shared,
     request: impl FnOnce(&MachineControl, Box<dyn FnOnce() + Send>),
 ) -> Answer<StatusCode> {
@@ -50,7 +47,7 @@ async fn wait(
     done.await.map(|()| StatusCode::NO_CONTENT).map_err(|_| Failure::ended())
 }
 
-fn alive(shared: &Shared) -> Answer<()> {
+pub(super) fn alive(shared: &Shared) -> Answer<()> {
     if shared.vm.control.state() == MachineState::Ended { Err(Failure::ended()) } else { Ok(()) }
 }
 
@@ -160,37 +157,6 @@ pub async fn set_cpu(
         spawn_blocking(move || control.set_cpu_time(weight, limit)).await.map_err(|_| Failure::ended())?;
     set.map_err(|e| Failure::not_possible(e.to_string()))?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// Takes guest memory that is not in use to the cold store
-///
-/// Its pages are compressed, equal ones kept once, and each comes back when it is touched.
-#[utoipa::path(post, path = "/reclaim", tag = "devices", request_body = ReclaimRequest, responses(
-    (status = 200, body = Reclaimed),
-    (status = 400, body = ApiError, description = "The body is no JSON."),
-    (status = 409, body = ApiError, description = "The host or the engine lacks what it needs, or the VM has ended."),
-    (status = 415, body = ApiError, description = "The body is said to be no JSON."),
-    (status = 422, body = ApiError, description = "The body makes no sense."),
-))]
-pub async fn reclaim(
-    State(shared): State<Arc<Shared>>,
-    Body(wanted): Body<ReclaimRequest>,
-) -> Answer<Json<Reclaimed>> {
-    alive(&shared)?;
-    if wanted.bytes > ReclaimRequest::MAX_BYTES {
-        return Err(Failure::unprocessable(format!("bytes: at most {}", ReclaimRequest::MAX_BYTES)));
-    }
-    if wanted.idle_seconds > ReclaimRequest::MAX_IDLE {
-        return Err(Failure::unprocessable(format!("idle_seconds: at most {}", ReclaimRequest::MAX_IDLE)));
-    }
-    let control = shared.vm.control.clone();
-    let idle = Duration::from_secs(wanted.idle_seconds.into());
-    let evicted = tokio::task::spawn_blocking(move || control.reclaim(wanted.bytes, idle)).await;
-    // The thread ends without an answer only if it panics.
-    let evicted = evicted.map_err(|e| Failure::not_possible(e.to_string()))?;
-    let evicted = evicted.map_err(|e| Failure::not_possible(e.to_string()))?;
-    let bytes = |pages: u64| pages * berth_memory::PAGE_SIZE;
-    Ok(Json(Reclaimed { bytes: bytes(evicted.pages), zero_bytes: bytes(evicted.zero) }))
 }
 
 /// Makes a disk larger while the guest runs

@@ -44,7 +44,7 @@ fn one(value: f64) -> Samples {
 }
 
 fn state(stats: &VmStats) -> Samples {
-    let all = [VmState::Starting, VmState::Running, VmState::Paused, VmState::Ended];
+    let all = [VmState::Starting, VmState::Running, VmState::Paused, VmState::Frozen, VmState::Ended];
     all.iter().map(|state| (state.to_string(), f64::from(u8::from(stats.state == *state)))).collect()
 }
 
@@ -64,6 +64,31 @@ fn balloon(stats: &VmStats, value: impl Fn(&berth_api::types::BalloonStats) -> O
     stats.balloon.iter().filter_map(|balloon| Some((String::new(), value(balloon)? as f64))).collect()
 }
 
+fn store(stats: &VmStats, value: impl Fn(&berth_api::types::StoreStats) -> f64) -> Samples {
+    stats.memory.store.iter().map(|store| (String::new(), value(store))).collect()
+}
+
+fn latency(stats: &VmStats) -> Samples {
+    let of = |store: &berth_api::types::StoreStats| {
+        [("0.5".to_owned(), store.latency_p50_seconds), ("0.99".to_owned(), store.latency_p99_seconds)]
+    };
+    stats.memory.store.iter().flat_map(of).collect()
+}
+
+fn by_state(stats: &VmStats) -> Samples {
+    let of = |guest: &berth_api::types::GuestMemoryStats| {
+        let states = [
+            ("untouched", guest.untouched_bytes),
+            ("resident", guest.resident_bytes),
+            ("shared", guest.shared_bytes),
+            ("stored", guest.stored_bytes),
+            ("released", guest.released_bytes),
+        ];
+        states.map(|(state, bytes)| (state.to_owned(), bytes as f64))
+    };
+    stats.memory.guest.iter().flat_map(of).collect()
+}
+
 use Kind::{Counter, Gauge};
 
 #[rustfmt::skip]
@@ -77,6 +102,17 @@ const METRICS: &[Metric] = &[
     ("berth_memory_size_bytes", Gauge, "", "Memory that the guest was promised.", |s| one(s.memory.size_bytes as f64)),
     ("berth_memory_resident_bytes", Gauge, "", "What of the VM's process is in the host's memory.", |s| one(s.memory.resident_bytes as f64)),
     ("berth_memory_swapped_bytes", Gauge, "", "What of the VM's process is in the host's swap.", |s| one(s.memory.swapped_bytes as f64)),
+    ("berth_memory_guest_bytes", Gauge, "state", "Guest memory in the state: the sum is its size.", by_state),
+    ("berth_memory_overhead_bytes", Gauge, "", "What the VM costs besides guest memory that is resident.", |s| one(s.memory.overhead_bytes as f64)),
+    ("berth_memory_reserve_bytes", Gauge, "", "Guest memory that stays resident.", |s| one(s.memory.reserve_bytes as f64)),
+    ("berth_memory_limit_bytes", Gauge, "", "Guest memory that is to be resident at most.", |s| s.memory.limit_bytes.iter().map(|l| (String::new(), *l as f64)).collect()),
+    ("berth_memory_priority", Gauge, "", "Who keeps memory when there is not enough for all: lower ones give way first.", |s| one(s.memory.priority.into())),
+    ("berth_store_pages", Gauge, "", "Pages in the cold store.", |s| store(s, |c| c.pages as f64)),
+    ("berth_store_memory_bytes", Gauge, "", "What the cold store has in memory, compressed.", |s| store(s, |c| c.memory_bytes as f64)),
+    ("berth_store_file_bytes", Gauge, "", "What the cold store has in its file, compressed.", |s| store(s, |c| c.file_bytes as f64)),
+    ("berth_store_evicted_pages_total", Counter, "", "Pages that went to the cold store.", |s| store(s, |c| c.evicted_pages as f64)),
+    ("berth_store_refaults_total", Counter, "", "Pages that came back because they were touched.", |s| store(s, |c| c.refaults as f64)),
+    ("berth_store_refault_seconds", Gauge, "quantile", "How long it took at most to bring a page back, for this share of them.", latency),
     ("berth_balloon_target_bytes", Gauge, "", "Memory that the guest was asked to give back.", |s| balloon(s, |b| Some(b.target_bytes))),
     ("berth_balloon_actual_bytes", Gauge, "", "Memory that the guest has given back.", |s| balloon(s, |b| Some(b.actual_bytes))),
     ("berth_balloon_reported_bytes_total", Counter, "", "Memory that the guest has reported as free.", |s| balloon(s, |b| Some(b.reported_bytes))),

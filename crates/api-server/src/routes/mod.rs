@@ -4,6 +4,7 @@ mod console;
 mod control;
 mod events;
 mod look;
+mod memory;
 mod metrics;
 mod vm;
 
@@ -51,7 +52,11 @@ fn router() -> OpenApiRouter<Arc<Shared>> {
         .routes(routes!(control::kill))
         .routes(routes!(control::set_balloon))
         .routes(routes!(control::set_cpu))
-        .routes(routes!(control::reclaim))
+        .routes(routes!(memory::reclaim))
+        .routes(routes!(memory::set_memory))
+        .routes(routes!(memory::move_store_to_file))
+        .routes(routes!(memory::freeze))
+        .routes(routes!(memory::thaw))
         .routes(routes!(control::resize_disk))
         .routes(routes!(console::attach))
         .routes(routes!(console::set_size))

@@ -8,7 +8,7 @@ use axum::extract::State;
 use berth_api::types::{
     BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, VcpuStats, VmInfo, VmStats,
 };
-use berth_machine::{MachineControl, NetCounters};
+use berth_machine::{MachineControl, MachineState, NetCounters};
 
 use crate::server::{Shared, unix_seconds};
 use crate::threads;
@@ -42,17 +42,27 @@ fn memory(shared: &Shared) -> MemoryStats {
         zero_pages: store.zero_pages,
         distinct_pages: store.distinct_pages,
         memory_bytes: store.memory_bytes,
+        file_bytes: store.file_bytes,
+        can_have_file: shared.vm.has_store_dir,
         evicted_pages: store.evicted,
         refaults: store.refaults,
         latency_p50_seconds: store.latency.quantile(0.5).as_secs_f64(),
         latency_p99_seconds: store.latency.quantile(0.99).as_secs_f64(),
     });
+    let share = shared.vm.control.memory_share();
+    let process = threads::memory();
     MemoryStats {
+        // More exact than what the kernel has at hand, which may miss some pages of each CPU.
+        resident_bytes: usage.map_or(process.resident_bytes, |usage| usage.process_resident),
+        reserve_bytes: share.reserve,
+        limit_bytes: share.limit,
+        priority: share.priority,
+        before_freeze_bytes: shared.vm.control.resident_before_freeze(),
         size_bytes: memory.size(),
         guest,
         overhead_bytes: usage.map_or(0, |usage| usage.overhead),
         store,
-        ..threads::memory()
+        ..process
     }
 }
 
@@ -64,6 +74,10 @@ pub fn measure(shared: &Shared) -> VmStats {
         (0..).zip(threads).filter_map(|(id, tid)| Some(VcpuStats { id, thread: threads::thread(tid?)? }));
     let balloon = control.balloon().map(|balloon| {
         let status = balloon.status();
+        // For who asks next. The guest is not waited for; one that stands still would answer when it goes on.
+        if control.state() == MachineState::Running {
+            balloon.request_statistics();
+        }
         BalloonStats {
             target_bytes: status.target,
             actual_bytes: status.actual,

@@ -16,6 +16,8 @@ pub enum VmState {
     Running,
     /// Its vCPUs, devices and clock stand still.
     Paused,
+    /// As paused, and its memory is in the cold store because it was wanted elsewhere. It goes on when it is used.
+    Frozen,
     /// Its machine has ended; the process is about to.
     Ended,
     /// Its process is gone and said nothing: killed, or crashed. Only programs that read the VM's directory see this.
@@ -30,6 +32,7 @@ impl fmt::Display for VmState {
             Self::Starting => "starting",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Frozen => "frozen",
             Self::Ended => "ended",
             Self::Killed => "killed",
             Self::Unresponsive => "unresponsive",
@@ -54,6 +57,9 @@ pub struct VmDescription {
     pub vcpus: u8,
     /// Size of the guest's memory in bytes.
     pub memory_bytes: u64,
+    /// What of the guest's memory was to stay in the host's memory at the start, in bytes.
+    #[serde(default)]
+    pub reserve_bytes: u64,
     /// The image that it started from, if it did.
     #[serde(default)]
     pub image: Option<String>,

@@ -60,6 +60,53 @@ impl ReclaimRequest {
     pub const MAX_IDLE: u32 = 60;
 }
 
+/// Body of `PUT /memory`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryRequest {
+    /// What of the guest's memory stays in the host's memory, in bytes, once it was used. Without it this stays as it is.
+    #[schema(minimum = 0, maximum = 1125899906842624u64)]
+    pub reserve_bytes: Option<u64>,
+    /// What is in the host's memory at most, in bytes: colder pages go to the cold store; 0: as much as the guest uses.
+    /// Without it this stays as it is.
+    #[schema(minimum = 0, maximum = 1125899906842624u64)]
+    pub limit_bytes: Option<u64>,
+    /// Who keeps memory when there is not enough for all: those with a lower number give way first. Without it this stays
+    /// as it is.
+    #[schema(minimum = 0, maximum = 1000)]
+    pub priority: Option<u16>,
+}
+
+impl MemoryRequest {
+    /// Most that a reserve or limit can be, in bytes: more than any VM has.
+    pub const MAX_BYTES: u64 = 1 << 50;
+}
+
+/// Body of `POST /store/file`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StoreFileRequest {
+    /// How much of what the cold store has in memory is to move, in bytes, up to 2^50.
+    #[schema(minimum = 0, maximum = 1125899906842624u64)]
+    pub bytes: u64,
+}
+
+/// Answer to `POST /store/file`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Moved {
+    /// What went to the file, in compressed bytes.
+    pub bytes: u64,
+}
+
+/// Answer to `POST /freeze`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FreezeAnswer {
+    /// Guest memory that went to the cold store, in bytes.
+    pub bytes: u64,
+    /// What of the cold store went to its file, in compressed bytes.
+    pub file_bytes: u64,
+}
+
 fn default_idle() -> u32 {
     5
 }

@@ -74,6 +74,18 @@ pub struct MemoryStats {
     /// page tables.
     #[serde(default)]
     pub overhead_bytes: u64,
+    /// What of the guest's memory stays resident once it was used, in bytes.
+    #[serde(default)]
+    pub reserve_bytes: u64,
+    /// What of the guest's memory is to be resident at most, in bytes.
+    #[serde(default)]
+    pub limit_bytes: Option<u64>,
+    /// Who keeps memory when there is not enough for all: those with a lower number give way first.
+    #[serde(default)]
+    pub priority: u16,
+    /// Of a frozen VM: what of the guest's memory was resident before, in bytes.
+    #[serde(default)]
+    pub before_freeze_bytes: Option<u64>,
     /// The cold store, if it has begun.
     #[serde(default)]
     pub store: Option<StoreStats>,
@@ -103,8 +115,14 @@ pub struct StoreStats {
     pub zero_pages: u64,
     /// Different contents of the others; each is kept once.
     pub distinct_pages: u64,
-    /// What these take, in bytes.
+    /// What these take in memory, in bytes.
     pub memory_bytes: u64,
+    /// What these take in the store's file, in bytes.
+    #[serde(default)]
+    pub file_bytes: u64,
+    /// Whether it may have a file (`--store-dir`).
+    #[serde(default)]
+    pub can_have_file: bool,
     /// Pages that were put into it, since the start.
     pub evicted_pages: u64,
     /// Pages that came back because somebody touched them, since the start.
@@ -124,10 +142,10 @@ pub struct BalloonStats {
     pub actual_bytes: u64,
     /// What it has reported as free, in bytes, since the start.
     pub reported_bytes: u64,
-    /// Memory that the guest does not use, in bytes, if it says so.
+    /// Memory that the guest did not use, in bytes, when it was asked last, if it says so. Each look asks it anew.
     #[serde(default)]
     pub guest_free_bytes: Option<u64>,
-    /// Memory that the guest could have without swapping, in bytes, if it says so.
+    /// Memory that the guest could have had without swapping, in bytes, likewise.
     #[serde(default)]
     pub guest_available_bytes: Option<u64>,
 }

@@ -157,6 +157,10 @@ impl Target {
         }
         match vm.client().vm() {
             Ok(info) if info.state == VmState::Paused => Err(ConnectError::Paused { name: name() }),
+            // Its sockets would wake it too, once all of its memory is away.
+            Ok(info) if info.state == VmState::Frozen => {
+                vm.ask(|client| client.thaw()).map_err(ConnectError::Vm)
+            }
             // One that does not answer may have only begun.
             _ => Ok(()),
         }

@@ -69,11 +69,11 @@ mod tests {
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[0],
-            "NAME                STATE      CPU% STEAL%  ON   MEM   RES DISKR DISKW NETRX NETTX"
+            "NAME                STATE     CPU% STEAL%  ON   MEM   RES STORE DISKR DISKW NETRX NETTX"
         );
         assert_eq!(
             lines[1],
-            "a-name-that-is-long running       -      -  x2  512M  100M     -     -     -     -"
+            "a-name-that-is-long running      -      -  x2  512M  100M   64M     -     -     -     -"
         );
     }
 

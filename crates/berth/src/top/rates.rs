@@ -61,6 +61,8 @@ pub struct VmRates {
     pub memory_bytes: Option<u64>,
     /// What of its process is in the host's memory, in bytes.
     pub resident_bytes: Option<u64>,
+    /// Guest memory in the cold store in bytes.
+    pub stored_bytes: Option<u64>,
     /// What of its process is in the host's swap, in bytes.
     pub swapped_bytes: Option<u64>,
     /// Bytes a second that the guest reads from its disks.
@@ -127,6 +129,7 @@ impl VmRates {
             steal_percent: percent(|s| s.vcpus.iter().map(|v| v.thread.run_queue_wait_seconds).sum()),
             memory_bytes: now.map(|s| s.memory.size_bytes),
             resident_bytes: now.map(|s| s.memory.resident_bytes),
+            stored_bytes: now.and_then(|s| Some(s.memory.guest.as_ref()?.stored_bytes)),
             swapped_bytes: now.map(|s| s.memory.swapped_bytes),
             disk_read: rate(|s| sum(&s.disks, |d: &DiskStats| d.read_bytes)),
             disk_written: rate(|s| sum(&s.disks, |d: &DiskStats| d.written_bytes)),

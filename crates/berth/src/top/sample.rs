@@ -64,8 +64,8 @@ impl Sample {
 
 impl VmSample {
     fn new(vm: &VmDirectory, stats: Option<VmStats>) -> Self {
-        // One that has not said what it is has only begun.
-        let silent = if vm.description().is_some() { VmState::Unresponsive } else { VmState::Starting };
+        // One that does not listen yet has only begun.
+        let silent = if vm.api_socket().exists() { VmState::Unresponsive } else { VmState::Starting };
         let state = stats.as_ref().map_or(silent, |s| s.state);
         Self { name: vm.name().to_owned(), pid: vm.pid(), state, stats }
     }

@@ -18,14 +18,15 @@ pub struct Column {
 }
 
 /// From the left. With a name of 12 characters they fit into 80.
-pub const COLUMNS: [Column; 11] = [
+pub const COLUMNS: [Column; 12] = [
     Column { title: "NAME", width: 0, compare: |a, b| a.name.cmp(&b.name) },
-    Column { title: "STATE", width: 8, compare: |a, b| state(a.state).cmp(state(b.state)) },
+    Column { title: "STATE", width: 7, compare: |a, b| state(a.state).cmp(state(b.state)) },
     Column { title: "CPU%", width: 6, compare: |a, b| falling(a.cpu_percent, b.cpu_percent) },
     Column { title: "STEAL%", width: 6, compare: |a, b| falling(a.steal_percent, b.steal_percent) },
     Column { title: "ON", width: 3, compare: |a, b| b.vcpus.len().cmp(&a.vcpus.len()) },
     Column { title: "MEM", width: 5, compare: |a, b| b.memory_bytes.cmp(&a.memory_bytes) },
     Column { title: "RES", width: 5, compare: |a, b| b.resident_bytes.cmp(&a.resident_bytes) },
+    Column { title: "STORE", width: 5, compare: |a, b| b.stored_bytes.cmp(&a.stored_bytes) },
     Column { title: "DISKR", width: 5, compare: |a, b| falling(a.disk_read, b.disk_read) },
     Column { title: "DISKW", width: 5, compare: |a, b| falling(a.disk_written, b.disk_written) },
     Column { title: "NETRX", width: 5, compare: |a, b| falling(a.net_received, b.net_received) },
@@ -107,6 +108,7 @@ fn vm_row(vm: &VmRates) -> Row {
             format!("x{}", vm.vcpus.len()),
             size(vm.memory_bytes),
             size(vm.resident_bytes),
+            size(vm.stored_bytes),
             bytes(vm.disk_read),
             bytes(vm.disk_written),
             bytes(vm.net_received),
@@ -126,22 +128,23 @@ fn vcpu_row(vcpu: &VcpuRates) -> Row {
     Row { cells, is_vm: false }
 }
 
-/// A state in at most eight letters.
+/// A state in at most seven letters.
 fn state(state: VmState) -> &'static str {
     match state {
-        VmState::Starting => "starting",
+        VmState::Starting => "starts",
         VmState::Running => "running",
         VmState::Paused => "paused",
+        VmState::Frozen => "frozen",
         VmState::Ended => "ended",
         VmState::Killed => "killed",
         VmState::Unresponsive => "silent",
     }
 }
 
-/// The scheduler's letter (proc(5)) in at most eight letters.
+/// The scheduler's letter (proc(5)) in at most seven letters.
 fn thread_state(letter: &str) -> &str {
     match letter {
-        "R" => "runnable",
+        "R" => "ready",
         "S" => "sleeps",
         "D" => "waits",
         "T" | "t" => "stopped",

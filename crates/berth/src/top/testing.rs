@@ -1,6 +1,8 @@
 //! VMs for tests.
 
-use berth_api::types::{DiskStats, MemoryStats, NetStats, ThreadStats, VcpuStats, VmState, VmStats};
+use berth_api::types::{
+    DiskStats, GuestMemoryStats, MemoryStats, NetStats, ThreadStats, VcpuStats, VmState, VmStats,
+};
 
 use super::sample::{Sample, VmSample};
 
@@ -23,7 +25,12 @@ pub fn vm(name: &str, at: f64, cpu_seconds: f64) -> VmSample {
         uptime_seconds: at,
         cpu_seconds,
         vcpus: vec![vcpu(0), vcpu(1)],
-        memory: MemoryStats { size_bytes: 512 << 20, resident_bytes: 100 << 20, ..MemoryStats::default() },
+        memory: MemoryStats {
+            size_bytes: 512 << 20,
+            resident_bytes: 100 << 20,
+            guest: Some(GuestMemoryStats { stored_bytes: 64 << 20, ..GuestMemoryStats::default() }),
+            ..MemoryStats::default()
+        },
         balloon: None,
         disks: vec![DiskStats::default()],
         nets: vec![NetStats::default()],

@@ -182,7 +182,7 @@ mod tests {
         assert!(lines[3].starts_with("vm29"), "{lines:#?}");
         assert_eq!(
             lines[3].split_whitespace().collect::<Vec<_>>(),
-            ["vm29", "running", "290.0", "0.0", "x2", "512M", "100M", "0", "0", "0", "0"]
+            ["vm29", "running", "290.0", "0.0", "x2", "512M", "100M", "64M", "0", "0", "0", "0"]
         );
         assert!(lines[22].starts_with("vm10") && lines[23].contains("q end"), "{lines:#?}");
     }

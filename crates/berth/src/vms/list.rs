@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[command(after_help = "\
 The last line is what overcommit is about: vCPUs and memory that VMs were promised, and what the host has.
 
-States: starting, running, paused, unresponsive (its process is there and does not answer within 2 s), ended (by \
+States: starting, running, paused, frozen (its memory was wanted: it goes on when it is used), unresponsive (its process is there and does not answer within 2 s), ended (by \
 itself, after `berth run --detach`), killed (its process is gone and said nothing).")]
 pub struct PsArguments {
     /// Those that have ended or were killed too, until `berth rm`
@@ -32,6 +32,9 @@ pub struct PsArguments {
     /// Each VM's process and vCPU threads as the host's scheduler sees them
     #[arg(short, long)]
     threads: bool,
+    /// Where the memory of each VM is, by state, and what it was promised
+    #[arg(short, long, conflicts_with = "threads")]
+    memory: bool,
     /// As JSON, for programs
     #[arg(long)]
     json: bool,
@@ -52,6 +55,7 @@ pub fn ps(arguments: &PsArguments) -> Result<ExitCode, VmsError> {
     let rows: Vec<Row> = rows()?.into_iter().filter(|row| arguments.all || row.is_there()).collect();
     let text = match (arguments.json, arguments.threads) {
         (true, _) => to_json(&rows),
+        (false, _) if arguments.memory => memory(&rows) + &totals(&rows),
         (false, true) => threads(&rows) + &totals(&rows),
         (false, false) => table(&rows) + &totals(&rows),
     };
@@ -164,6 +168,37 @@ fn table(rows: &[Row]) -> String {
             of_stats(|s| size::show(s.memory.resident_bytes)),
             row.source()
         );
+    }
+    text
+}
+
+/// Guest memory by state: the sum is the size.
+fn memory(rows: &[Row]) -> String {
+    let width = width(rows);
+    let titles =
+        ["SIZE", "RESIDENT", "SHARED", "STORED", "GIVEN BACK", "UNTOUCHED", "OVERHEAD", "RESERVE", "LIMIT"];
+    let line = |name: &str, state: &str, priority: &str, cells: [String; 9]| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:>10}")).collect();
+        format!("{name:width$}  {state:12}  {priority:>8}{cells}\n")
+    };
+    let mut text = line("NAME", "STATE", "PRIORITY", titles.map(str::to_owned));
+    for row in rows {
+        let m = row.stats.as_ref().map(|s| &s.memory);
+        let known = |bytes: Option<u64>| bytes.map_or_else(|| "-".to_owned(), size::show);
+        let guest = m.and_then(|m| m.guest.as_ref());
+        let cells = [
+            known(row.info.as_ref().map(|i| i.description.memory_bytes)),
+            known(guest.map(|g| g.resident_bytes)),
+            known(guest.map(|g| g.shared_bytes)),
+            known(guest.map(|g| g.stored_bytes)),
+            known(guest.map(|g| g.released_bytes)),
+            known(guest.map(|g| g.untouched_bytes)),
+            known(m.map(|m| m.overhead_bytes)),
+            known(m.map(|m| m.reserve_bytes)),
+            known(m.and_then(|m| m.limit_bytes)),
+        ];
+        let priority = m.map_or_else(|| "-".to_owned(), |m| m.priority.to_string());
+        text += &line(&row.name, &row.state.to_string(), &priority, cells);
     }
     text
 }

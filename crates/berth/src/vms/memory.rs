@@ -35,3 +35,13 @@ pub fn reclaim(arguments: &ReclaimArguments) -> Result<ExitCode, VmsError> {
         Ok(())
     })
 }
+
+/// `berth freeze`.
+pub fn freeze(names: &Names) -> Result<ExitCode, VmsError> {
+    for_each(&names.names, |name| {
+        let frozen = LiveVm::find(name)?.ask(berth_api::Client::freeze)?;
+        let (all, file) = (size::show(frozen.bytes), size::show(frozen.file_bytes));
+        println!("{name}: {all} to the cold store, {file} of it to its file");
+        Ok(())
+    })
+}

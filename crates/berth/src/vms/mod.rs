@@ -17,6 +17,7 @@ use berth_image::{ImageError, Name};
 use clap::{Args, Subcommand};
 use clap_complete::engine::{ArgValueCandidates, CompletionCandidate};
 
+use crate::admission::AdmissionError;
 use crate::{image, log};
 
 /// What to do with VMs.
@@ -38,6 +39,10 @@ pub enum VmCommand {
     Resume(Names),
     /// Press the reset button of VMs: they boot again
     Reset(Names),
+    /// Let VMs stand still with their memory in the cold store, until they are used
+    Freeze(Names),
+    /// Let frozen VMs go on
+    Thaw(Names),
     /// Take memory that guests do not use to the cold store: compressed, until it is touched
     Reclaim(memory::ReclaimArguments),
     /// Wait until a VM ends, and end with its exit code
@@ -46,7 +51,7 @@ pub enum VmCommand {
     Rm(steer::RmArguments),
     /// Print all that is known of VMs, as JSON
     Inspect(Names),
-    /// Change what a VM gets while it runs: its share of CPU time
+    /// Change what a VM gets while it runs: its share of CPU time and of memory
     Set(set::SetArguments),
     /// Explain where an address of a guest leads: page tables, guest memory, host memory, machine frame
     Explain(look::ExplainArguments),
@@ -92,6 +97,9 @@ pub enum VmsError {
     /// Many VMs cannot be asked.
     #[error(transparent)]
     Ask(#[from] ClientError),
+    /// It may not have that.
+    #[error(transparent)]
+    Admission(#[from] AdmissionError),
     /// Its process is gone.
     #[error("{name} does not run: {}", fate)]
     Dead {
@@ -139,6 +147,8 @@ pub fn run(command: &VmCommand) -> Result<ExitCode, VmsError> {
         VmCommand::Pause(names) => with_each(&names.names, |vm| vm.ask(Client::pause)),
         VmCommand::Resume(names) => with_each(&names.names, |vm| vm.ask(Client::resume)),
         VmCommand::Reset(names) => with_each(&names.names, |vm| vm.ask(Client::reset)),
+        VmCommand::Freeze(names) => memory::freeze(names),
+        VmCommand::Thaw(names) => with_each(&names.names, |vm| vm.ask(Client::thaw)),
         VmCommand::Reclaim(arguments) => memory::reclaim(arguments),
         VmCommand::Wait(name) => steer::wait(&name.name),
         VmCommand::Rm(arguments) => steer::rm(arguments),

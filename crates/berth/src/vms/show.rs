@@ -156,9 +156,10 @@ fn show(stats: &VmStats, before: Option<&VmStats>) -> String {
     if let Some(s) = &m.store {
         let _ = writeln!(
             text,
-            "store     {} pages in {}: {} different, {} zero; {} came back, 99 % of them in {:.0} us",
+            "store     {} pages in {} of memory and {} of file: {} different, {} zero; {} came back, 99 % of them in {:.0} us",
             s.pages,
             size::show(s.memory_bytes),
+            size::show(s.file_bytes),
             s.distinct_pages,
             s.zero_pages,
             s.refaults,

@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 
 /// mov al, 0x10; out 0xf4, al; again: hlt; jmp again
 pub const EXITS: &[u8] = &[0xb0, 0x10, 0xe6, 0xf4, 0xf4, 0xeb, 0xfd];
@@ -71,4 +71,84 @@ pub fn berth(code: &[u8], directory: &tempfile::TempDir) -> Command {
     // A runtime directory of its own: tests use the same name at once.
     command.arg(kernel(directory, code)).env("XDG_RUNTIME_DIR", directory.path());
     command
+}
+
+/// A user with VMs of their own.
+pub struct User {
+    /// Everything of theirs is in it.
+    pub directory: tempfile::TempDir,
+}
+
+impl User {
+    pub fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_berth"));
+        command.args(arguments).env("XDG_RUNTIME_DIR", self.directory.path());
+        command.env("XDG_DATA_HOME", self.directory.path().join("data")).stdin(Stdio::null());
+        command
+    }
+
+    pub fn berth(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What the command prints; it must succeed.
+    pub fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.berth(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The complaint of a command that must fail with this exit code.
+    pub fn fails(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.berth(arguments);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
+        said
+    }
+
+    /// Starts a VM of 16 MiB in the background.
+    pub fn start(&self, name: &str, code: &[u8]) {
+        self.start_with(name, code, &["--memory", "16M"]);
+    }
+
+    /// Starts a VM in the background with more options.
+    pub fn start_with(&self, name: &str, code: &[u8], options: &[&str]) {
+        let kernel = kernel(&self.directory, code);
+        let arguments = ["run", "-d", "--engine", "soft", "--debug-exit", "--name", name, "--kernel"];
+        let printed = self.ok(&[&arguments[..], &[kernel.to_str().unwrap()], options].concat());
+        assert_eq!(printed, format!("{name}\n"));
+    }
+
+    pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.ok(arguments)).unwrap()
+    }
+
+    pub fn state(&self, name: &str) -> String {
+        let all = self.json(&["ps", "--all", "--json"]);
+        let vm = all.as_array().unwrap().iter().find(|vm| vm["name"] == name);
+        vm.map_or_else(String::new, |vm| vm["state"].as_str().unwrap().to_owned())
+    }
+
+    pub fn home(&self, name: &str) -> PathBuf {
+        self.directory.path().join("berth").join(name)
+    }
+
+    /// Nothing of VMs may be left.
+    pub fn assert_clean(&self) {
+        let left: Vec<_> =
+            std::fs::read_dir(self.directory.path().join("berth")).unwrap().flatten().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        for vm in std::fs::read_dir(self.directory.path().join("berth")).into_iter().flatten().flatten() {
+            self.berth(&["kill", vm.file_name().to_str().unwrap()]);
+        }
+    }
 }

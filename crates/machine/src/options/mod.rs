@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cpus::{CpuLimit, CpuList, CpusOptions, check_weight};
 pub use disk::DiskOptions;
-pub use memory::{HugePages, MemoryOptions};
+pub use memory::{DEFAULT_PRIORITY, HugePages, MAX_PRIORITY, MemoryOptions};
 pub use net::{Forward, MacAddress, NetBackend, NetOptions, Protocol};
 pub use size::ByteSize;
 pub use text::OptionError;

@@ -10,7 +10,8 @@ use std::io;
 use hashbrown::HashTable;
 use zstd_safe::{CCtx, CParameter, DCtx};
 
-use super::log::{Log, Place};
+use super::file::Slot;
+use super::log::{Log, Movable, Place, Tier};
 use crate::PAGE_SIZE;
 
 /// A page's bytes.
@@ -62,6 +63,8 @@ pub(super) struct Contents {
     hasher: RandomState,
     log: Log,
     context: DCtx<'static>,
+    /// For what is read from the file.
+    buffer: Vec<u8>,
     pages: u64,
     duplicates: u64,
 }
@@ -75,6 +78,7 @@ impl Contents {
             hasher: RandomState::new(),
             log: Log::default(),
             context: DCtx::create(),
+            buffer: Vec::new(),
             pages: 0,
             duplicates: 0,
         }
@@ -95,9 +99,32 @@ impl Contents {
         self.by_hash.len() as u64
     }
 
-    /// Bytes of all contents, compressed; and the memory that they take with the holes between them.
-    pub(super) fn bytes(&self) -> (u64, u64) {
-        (self.log.live(), self.log.used())
+    /// What is in memory, in compressed bytes.
+    pub(super) fn memory(&self) -> Tier {
+        self.log.memory()
+    }
+
+    /// What is in the file, in compressed bytes.
+    pub(super) fn file(&self) -> Tier {
+        self.log.file()
+    }
+
+    /// The contents in memory that have been here for longest; `all`: even if there are only a few.
+    pub(super) fn oldest(&mut self, all: bool) -> Option<Movable> {
+        if all {
+            self.log.close();
+        }
+        self.log.oldest()
+    }
+
+    /// They are in the file now, unless they have gone meanwhile: `false`.
+    pub(super) fn move_to_file(&mut self, movable: &Movable, slot: Slot) -> bool {
+        self.log.move_to_file(movable, slot)
+    }
+
+    /// Has the host read what is in the file.
+    pub(super) fn will_be_read(&self) {
+        self.log.will_be_read();
     }
 
     /// What makes [`Self::find`] and [`Self::insert`] fast. Keyed, so that no guest can make pages that collide.
@@ -153,16 +180,21 @@ impl Contents {
 
     /// Fills `page` with the content.
     pub(super) fn read(&mut self, id: ContentId, page: &mut Page) -> io::Result<()> {
-        let stored = self.log.get(self.contents[id.0 as usize].place);
+        let content = &self.contents[id.0 as usize];
+        let (stored, from_file) = self.log.get(content.place, &mut self.buffer)?;
         if stored.len() == page.len() {
             page.copy_from_slice(stored);
-            return Ok(());
+        } else {
+            match self.context.decompress(&mut page[..], stored) {
+                Ok(len) if len == page.len() => {}
+                Ok(_) => return Err(io::Error::other("a stored page is too short")),
+                Err(code) => return Err(io::Error::other(zstd_safe::get_error_name(code))),
+            }
         }
-        match self.context.decompress(&mut page[..], stored) {
-            Ok(len) if len == page.len() => Ok(()),
-            Ok(_) => Err(io::Error::other("a stored page is too short")),
-            Err(code) => Err(io::Error::other(zstd_safe::get_error_name(code))),
+        if from_file && Self::hash(&self.hasher, page) != content.hash {
+            return Err(io::Error::other("the file of the store gave back something else than was written"));
         }
+        Ok(())
     }
 
     /// One user less. A content without users goes.
@@ -184,14 +216,16 @@ impl Contents {
     /// Makes room where there are many holes.
     fn write_again(&mut self) {
         let Some((segment, owners)) = self.log.emptiest() else { return };
-        let mut record = Vec::new();
+        let (mut record, mut buffer) = (Vec::new(), Vec::new());
         for id in owners {
             let content = &mut self.contents[id as usize];
             if content.users == 0 || content.place.segment != segment {
                 continue;
             }
             record.clear();
-            record.extend_from_slice(self.log.get(content.place));
+            // What cannot be read now stays: who needs it finds out.
+            let Ok((stored, _)) = self.log.get(content.place, &mut buffer) else { continue };
+            record.extend_from_slice(stored);
             // Without room for it the record stays where it is.
             if let Ok(place) = self.log.append(&record, id) {
                 self.log.release(content.place);
@@ -211,7 +245,10 @@ const MAX_CONTENTS: u32 = (1 << 31) - 16;
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::store::file::StoreFile;
 
     fn page(seed: u64, compressible: bool) -> Page {
         let mut rng = fastrand::Rng::with_seed(seed);
@@ -241,16 +278,23 @@ mod tests {
             assert_eq!(back, page(n as u64 % 3, n % 2 == 0));
         }
         ids.into_iter().for_each(|id| contents.release(id));
-        assert_eq!((contents.pages(), contents.distinct(), contents.bytes()), (0, 0, (0, 0)));
+        assert_eq!((contents.pages(), contents.distinct(), contents.memory()), (0, 0, Tier::default()));
     }
 
-    /// Random puts and releases, compared with what a map of the plain pages says.
-    #[test]
-    fn nothing_is_lost_when_segments_are_written_again() {
+    /// Random puts and releases, compared with what a map of the plain pages says; with `file`, what is oldest moves
+    /// there now and then.
+    fn put_and_release(file: Option<&Arc<StoreFile>>) {
         let (mut contents, mut compressor) = (Contents::new(), Compressor::new());
         let mut rng = fastrand::Rng::with_seed(7);
         let mut kept: Vec<(ContentId, u64)> = Vec::new();
-        for _ in 0..6000 {
+        let mut moved = 0;
+        for round in 0..6000 {
+            if let Some(file) = file.filter(|_| round % 250 == 249)
+                && let Some(movable) = contents.oldest(round % 1000 == 999)
+            {
+                let slot = file.write(movable.bytes()).unwrap();
+                moved += u32::from(contents.move_to_file(&movable, slot));
+            }
             if rng.u8(..) < 150 || kept.is_empty() {
                 let seed = rng.u64(..2000);
                 kept.push((put(&mut contents, &mut compressor, &page(seed, !seed.is_multiple_of(4))), seed));
@@ -258,14 +302,42 @@ mod tests {
                 let (id, _) = kept.swap_remove(rng.usize(..kept.len()));
                 contents.release(id);
             }
-            let (live, used) = contents.bytes();
+            let Tier { live, used } = contents.memory();
             assert!(used - live <= (256 << 10) + live / 3 + (256 << 10), "{live} of {used}");
+            let Tier { live, used } = contents.file();
+            assert!(used - live <= (256 << 10) + live + (256 << 10), "{live} of {used} in the file");
         }
+        assert_eq!(moved > 5, file.is_some());
         assert_eq!(contents.pages(), kept.len() as u64);
         for (id, seed) in kept {
             let mut back = [0; PAGE_SIZE as usize];
             contents.read(id, &mut back).unwrap();
             assert_eq!(back, page(seed, !seed.is_multiple_of(4)), "{seed}");
         }
+    }
+
+    #[test]
+    fn nothing_is_lost_when_segments_are_written_again() {
+        put_and_release(None);
+    }
+
+    #[test]
+    fn nothing_is_lost_when_segments_move_to_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        put_and_release(Some(&Arc::new(StoreFile::create(directory.path()).unwrap())));
+    }
+
+    #[test]
+    fn a_file_that_lies_is_found_out() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = Arc::new(StoreFile::create(directory.path()).unwrap());
+        let (mut contents, mut compressor) = (Contents::new(), Compressor::new());
+        let id = put(&mut contents, &mut compressor, &page(1, false));
+        let movable = contents.oldest(true).unwrap();
+        let mut wrong = movable.bytes().to_vec();
+        wrong[100] ^= 1;
+        assert!(contents.move_to_file(&movable, file.write(&wrong).unwrap()));
+        let error = contents.read(id, &mut [0; PAGE_SIZE as usize]).unwrap_err().to_string();
+        assert!(error.contains("something else"), "{error}");
     }
 }

@@ -18,6 +18,8 @@ pub struct StoreCounters {
     pub compressed_bytes: u64,
     /// The memory for it, with holes, in bytes.
     pub memory_bytes: u64,
+    /// What of it is in the store's file instead, with holes, in bytes.
+    pub file_bytes: u64,
     /// Pages whose content was in the store already when they came, since the start.
     pub duplicates: u64,
     /// Pages that were taken out of the guest's memory since the start.

@@ -28,6 +28,11 @@
 //!    reported twice finds no mark: then the page is there, the page of zeros does not replace it, and the waiting
 //!    thread looks again.
 //!
+//! # The file
+//!
+//! Contents are in memory first. [`Store::move_to_file`] moves the oldest ones to a file (`file.rs`): they are written
+//! and flushed without the lock, and change their place under it, so a fault finds them at one place or the other.
+//!
 //! The lock is never held while guest memory is touched, so it cannot wait for itself; and fault.rs, which everybody
 //! may wait for, waits for this lock and nothing else.
 
@@ -35,6 +40,7 @@ mod contents;
 mod counters;
 mod evict;
 mod fault;
+mod file;
 mod hold;
 mod log;
 mod map;
@@ -43,6 +49,7 @@ mod tests;
 mod uffd;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -56,6 +63,7 @@ use self::contents::{ContentId, Contents};
 use self::counters::LatencyCounter;
 use self::evict::Evictor;
 use self::fault::FaultHandler;
+use self::file::StoreFile;
 use self::map::AnonMap;
 use self::uffd::Userfault;
 use crate::{HostVirtAddr, PAGE_SHIFT, PAGE_SIZE, RamRegion};
@@ -219,6 +227,8 @@ impl Shared {
 pub(crate) struct Store {
     shared: Arc<Shared>,
     evictor: Mutex<Evictor>,
+    /// Made when it is needed first. Whoever moves contents there has the lock.
+    file: Mutex<Option<Arc<StoreFile>>>,
     _handler: FaultHandler,
 }
 
@@ -269,12 +279,45 @@ impl Store {
         }
         let hasher = shared.state.lock().contents.hasher();
         let evictor = Mutex::new(Evictor::new(hasher));
-        Ok(Self { shared, evictor, _handler: handler })
+        Ok(Self { shared, evictor, file: Mutex::new(None), _handler: handler })
     }
 
     /// Takes `pages` out of guest memory, those that can be.
     pub(crate) fn evict(&self, pages: &[usize]) -> Evicted {
         self.evictor.lock().evict(&self.shared, pages)
+    }
+
+    /// Moves contents from memory to a file in `directory` (to the one that there is already), those first that have been
+    /// here for longest: at least `bytes` of them if there are as many, and as long as `go_on` says so. Returns how many.
+    ///
+    /// # Errors
+    /// What the host says; what was moved is in the file, all else in memory.
+    pub(crate) fn move_to_file(
+        &self,
+        directory: &Path,
+        bytes: u64,
+        go_on: impl Fn() -> bool,
+    ) -> io::Result<u64> {
+        let mut file = self.file.lock();
+        let file = match &*file {
+            Some(file) => file.clone(),
+            None => file.insert(Arc::new(StoreFile::create(directory)?)).clone(),
+        };
+        let mut moved = 0;
+        while moved < bytes && go_on() {
+            // All that is wanted may be less than a segment.
+            let Some(movable) = self.shared.state.lock().contents.oldest(bytes == u64::MAX) else { break };
+            let slot = file.write(movable.bytes())?;
+            if self.shared.state.lock().contents.move_to_file(&movable, slot) {
+                moved += movable.bytes().len() as u64;
+            }
+        }
+        Ok(moved)
+    }
+
+    /// Has the host read what is in the file: it will be wanted.
+    pub(crate) fn will_be_read(&self) {
+        self.shared.state.lock().contents.will_be_read();
     }
 
     /// Whether the store has the page.
@@ -302,13 +345,14 @@ impl Store {
     /// How it stands.
     pub(crate) fn counters(&self) -> StoreCounters {
         let state = self.shared.state.lock();
-        let (compressed_bytes, memory_bytes) = state.contents.bytes();
+        let (memory, file) = (state.contents.memory(), state.contents.file());
         StoreCounters {
             stored_pages: state.contents.pages() + state.zero_pages + state.moving,
             zero_pages: state.zero_pages,
             distinct_pages: state.contents.distinct(),
-            compressed_bytes,
-            memory_bytes,
+            compressed_bytes: memory.live + file.live,
+            memory_bytes: memory.used,
+            file_bytes: file.used,
             duplicates: state.contents.duplicates(),
             evicted: self.shared.evicted.load(Ordering::Relaxed),
             refaults: self.shared.refaults.load(Ordering::Relaxed),

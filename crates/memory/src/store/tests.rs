@@ -234,3 +234,33 @@ fn touch_latency() {
         m.store_counters().unwrap().latency.quantile(0.99)
     );
 }
+
+#[test]
+fn what_goes_to_the_file_comes_back() {
+    let Some(m) = with_store(Faults::User) else { return };
+    let directory = tempfile::tempdir().unwrap();
+    for page in 0..2000 {
+        m.write(at(page), &content(page as u64)).unwrap();
+    }
+    assert_eq!(m.move_store_to_file(directory.path(), u64::MAX, || true).unwrap(), 0);
+    let ages = Ages::new(&m);
+    assert_eq!(m.evict_all(&ages, 0, || true).unwrap().pages, 0);
+    assert_eq!(m.evict_all(&ages, u64::MAX, || false).unwrap().pages, 0);
+    assert_eq!(m.evict_all(&ages, u64::MAX, || true).unwrap().pages, 2000);
+    let before = m.store_counters().unwrap();
+    // As much as was asked for, in whole segments; then the rest.
+    let some = m.move_store_to_file(directory.path(), 1 << 20, || true).unwrap();
+    assert!((1 << 20..2 << 20).contains(&some), "{some}");
+    assert_eq!(m.move_store_to_file(directory.path(), u64::MAX, || false).unwrap(), 0);
+    let rest = m.move_store_to_file(directory.path(), u64::MAX, || true).unwrap();
+    let after = m.store_counters().unwrap();
+    assert_eq!((after.memory_bytes, after.file_bytes), (0, before.memory_bytes));
+    assert_eq!((some + rest, after.compressed_bytes), (after.file_bytes, before.compressed_bytes));
+    // It has no name.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    m.store_file_will_be_read();
+    for page in (0..2000).rev() {
+        assert_eq!(read(&m, page), content(page as u64), "{page}");
+    }
+    assert_eq!(m.store_counters().unwrap().file_bytes, 0);
+}

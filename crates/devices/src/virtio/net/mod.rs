@@ -14,6 +14,7 @@ mod stream;
 mod tap;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -58,6 +59,15 @@ impl Net {
     /// What it has carried since it was made.
     pub fn counters(&self) -> NetCounters {
         self.traffic.counters()
+    }
+
+    /// A descriptor that becomes readable when the other end sends something that somebody asked for; `None` where that
+    /// cannot be told.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn host_socket(&self) -> io::Result<Option<OwnedFd>> {
+        self.cable.host_socket()
     }
 
     fn has_control(&self) -> bool {

@@ -1,7 +1,7 @@
 //! What a network interface is connected to.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 
 use crate::virtio::{Buffers, Dma};
 
@@ -68,6 +68,13 @@ pub trait Cable: Send + Sync {
     /// What the host says.
     fn use_pairs(&self, _count: u16) -> io::Result<()> {
         Ok(())
+    }
+    /// See [`super::Net::host_socket`].
+    ///
+    /// # Errors
+    /// What the host says.
+    fn host_socket(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(None)
     }
     /// Largest packet that the guest should send, without Ethernet header, where the other end has one to say.
     fn mtu(&self) -> Option<u16> {

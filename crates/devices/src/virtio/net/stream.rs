@@ -197,6 +197,12 @@ impl Cable for Stream {
     fn mtu(&self) -> Option<u16> {
         self.mtu
     }
+
+    /// passt passes on what comes to forwarded ports, and answers; it says nothing by itself.
+    fn host_socket(&self) -> io::Result<Option<OwnedFd>> {
+        let passt = self.passt.lock().is_some();
+        passt.then(|| self.socket.try_clone().map(OwnedFd::from)).transpose()
+    }
 }
 
 struct StreamPort {

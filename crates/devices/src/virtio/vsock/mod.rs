@@ -11,6 +11,7 @@ mod muxer;
 mod packet;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,6 +59,17 @@ impl Vsock {
         let muxer = Arc::new(Mutex::new(Muxer::new(cid.into(), path, listen(path)?)));
         let (path, is_reset) = (path.to_owned(), Arc::default());
         Ok(Self { cid, path, muxer, is_reset, thread_name, worker: Mutex::new(None) })
+    }
+}
+
+impl Vsock {
+    /// Descriptors that become readable when host programs want something of the guest; none while the device runs, which
+    /// has them then.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn host_sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        self.muxer.try_lock().map_or(Ok(Vec::new()), |muxer| muxer.host_sockets())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
@@ -73,6 +73,15 @@ impl Muxer {
     /// The listening socket.
     pub fn listener_fd(&self) -> RawFd {
         self.listener.as_raw_fd()
+    }
+
+    /// The listening socket, and those of connections.
+    pub fn host_sockets(&self) -> io::Result<Vec<OwnedFd>> {
+        let mut sockets = vec![OwnedFd::from(self.listener.try_clone()?)];
+        for (_, connection) in self.connections.values() {
+            sockets.push(connection.stream.try_clone()?.into());
+        }
+        Ok(sockets)
     }
 
     /// Goes on with the connections that there are, after a pause.
