@@ -11,7 +11,7 @@ use std::time::Instant;
 use berth_engine::VcpuHandle;
 use parking_lot::{Condvar, Mutex};
 
-use crate::seat::{Seat, Seated};
+use crate::seat::{CpuClock, Seat};
 use crate::state::State;
 
 /// What GS:0 points at while a vCPU thread runs.
@@ -50,7 +50,7 @@ pub struct VcpuShared {
     pub(crate) sweep: Mutex<Vec<u64>>,
     /// It has done next to nothing for a while.
     pub(crate) idle: AtomicBool,
-    /// Where the thread is that runs the vCPU.
+    /// The thread that runs the vCPU.
     pub(crate) seat: Seat,
 }
 
@@ -133,9 +133,9 @@ impl VcpuShared {
         self.requests.fetch_and(!request::STOP, Ordering::SeqCst) & request::STOP != 0
     }
 
-    /// Where its thread is, while it wants to run.
-    pub(crate) fn wants_a_cpu(&self) -> Option<Seated> {
-        if self.parked.load(Ordering::Relaxed) { None } else { self.seat.look() }
+    /// The clock of its thread, while that wants to run.
+    pub(crate) fn wants_a_cpu(&self) -> Option<CpuClock> {
+        if self.parked.load(Ordering::Relaxed) { None } else { self.seat.clock() }
     }
 
     /// Waits until something is requested, or until `deadline`.

@@ -10,13 +10,14 @@ use berth_memory::layout::HIGH_RAM_START;
 use berth_memory::{GuestMemory, GuestPhysAddr};
 use parking_lot::{Mutex, RwLock, RwLockWriteGuard};
 
+use crate::SoftOptions;
 use crate::code::cache::CodeCache;
 use crate::exec::features::FeatureSet;
 use crate::exec::pv::PvShared;
 use crate::memory::HostMap;
 use crate::memory::slots::{SlotNumbers, Slotless};
+use crate::seat::somebody_stands_still;
 use crate::shared::{VcpuShared, request};
-use crate::{SoftOptions, seat};
 
 /// The shared part of a VM on the soft engine.
 pub struct Vm {
@@ -103,19 +104,18 @@ impl Vm {
         self.list.read().iter().for_each(|vcpu| vcpu.request_later(request::FORGET));
     }
 
-    /// Whether a vCPU wants to run and has no host CPU, as far as that can be told.
-    pub(crate) fn somebody_lacks_a_cpu(&self) -> bool {
-        if self.debug.no_give_way {
-            return false;
-        }
-        let wanting: Vec<_> = self.list.read().iter().filter_map(|vcpu| vcpu.wants_a_cpu()).collect();
-        seat::somebody_lacks_a_cpu(&wanting, seat::host_cpus())
+    /// Whether a vCPU other than `me` wants to run and does not.
+    pub(crate) fn somebody_lacks_a_cpu(&self, me: VcpuId) -> bool {
+        let list = self.list.read();
+        let others = list.iter().enumerate().filter(|(i, _)| *i != usize::from(me.0));
+        let clocks: Vec<_> = others.filter_map(|(_, vcpu)| vcpu.wants_a_cpu()).collect();
+        !self.debug.no_give_way && somebody_stands_still(&clocks)
     }
 
-    /// As [`Self::somebody_lacks_a_cpu`], for one vCPU: whether it may be the one.
+    /// Whether the vCPU with number `index` wants to run and does not.
     pub(crate) fn lacks_a_cpu(&self, index: usize) -> bool {
-        let wants = self.vcpu(index).is_some_and(|vcpu| vcpu.wants_a_cpu().is_some());
-        wants && self.somebody_lacks_a_cpu()
+        let clock = self.vcpu(index).and_then(|vcpu| vcpu.wants_a_cpu());
+        !self.debug.no_give_way && clock.is_some_and(|clock| somebody_stands_still(&[clock]))
     }
 
     fn request_others(&self, me: VcpuId, bits: u32) {

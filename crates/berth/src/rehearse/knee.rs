@@ -14,7 +14,7 @@ const MEMORY_PRESSURE: f64 = 10.0;
 pub struct Judgement {
     /// The first step whose throughput is as good as the best. None if it still grows at the last.
     pub knee: Option<usize>,
-    /// The last step before something gets bad. None if even the first was.
+    /// The last step at which nothing is bad. None if there is none.
     pub good: Option<usize>,
     /// What is bad at the next.
     pub bad: Option<String>,
@@ -25,14 +25,15 @@ pub fn judge(steps: &[Step], latency: f64) -> Judgement {
     let best = steps.iter().map(|step| step.total_per_second).fold(0.0, f64::max);
     let first_as_good = steps.iter().position(|step| step.total_per_second >= best * AS_GOOD);
     let still_grows = first_as_good.is_some_and(|i| i + 1 == steps.len());
-    let bad = steps.iter().enumerate().find_map(|(i, step)| Some((i, harm(steps, i, step, latency)?)));
+    let harms: Vec<Option<String>> =
+        steps.iter().enumerate().map(|(i, step)| harm(steps, i, step, latency)).collect();
+    // What is bad at a step and not with more VMs came from something else.
+    let good = harms.iter().rposition(Option::is_none);
+    let next = good.map_or(0, |i| i + 1);
     Judgement {
         knee: first_as_good.filter(|_| !still_grows && best > 0.0),
-        good: match &bad {
-            None => steps.len().checked_sub(1),
-            Some((i, _)) => i.checked_sub(1),
-        },
-        bad: bad.map(|(_, what)| what),
+        good,
+        bad: harms.into_iter().nth(next).flatten(),
     }
 }
 
@@ -168,8 +169,17 @@ pub mod tests {
         short[0].errors = 1;
         let judgement = judge(&short, 0.1);
         assert_eq!(judgement.good, None);
+        assert!(judgement.bad.as_ref().unwrap().contains("1 wrong"));
         assert!(advice(&short, &judgement, Kind::Memory).contains("no room"));
         assert_eq!(advice(&[], &judge(&[], 0.1), Kind::Cpu), "Nothing was measured.");
+    }
+
+    #[test]
+    fn what_is_bad_only_with_fewer_vms_is_noise() {
+        let steps = [step(1, 50.0, 0.5), step(2, 100.0, 0.01), step(4, 100.0, 0.5), step(8, 100.0, 0.6)];
+        let judgement = judge(&steps, 0.1);
+        assert_eq!(judgement.good, Some(1));
+        assert!(judgement.bad.unwrap().contains("500 ms"));
     }
 
     #[test]

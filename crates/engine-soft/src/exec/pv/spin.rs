@@ -6,8 +6,7 @@
 //! which is what hardware's pause-loop exiting does (SDM volume 3, 26.1.3). The vCPU then sleeps for a moment, during which
 //! the host's scheduler has one thread less to choose from: user space cannot name the one that is to run.
 //!
-//! Which vCPU has no host CPU is found without asking the kernel: two threads that ran last on the same host CPU cannot
-//! both run now, and of more threads than there are host CPUs some do not run ([`crate::seat`]).
+//! Which vCPU has no host CPU is told by the clocks of the threads' CPU time ([`crate::seat`]).
 
 use std::time::{Duration, Instant};
 
@@ -47,7 +46,7 @@ pub fn pause(cpu: &mut Cpu) -> Guest<Flow> {
         spin.slept = 0;
         return Ok(Flow::Next);
     }
-    Ok(if cpu.vm.somebody_lacks_a_cpu() { Flow::GiveWay } else { Flow::Next })
+    Ok(if cpu.vm.somebody_lacks_a_cpu(cpu.id) { Flow::GiveWay } else { Flow::Next })
 }
 
 /// KVM_HC_SCHED_YIELD: the guest has sent an interrupt to the vCPU `apic_id`, and waits for it. If that wants to run and

@@ -188,22 +188,32 @@ fn hypercalls_answer() {
 fn a_loop_of_pause_gives_way_to_a_vcpu_without_a_host_cpu() {
     let (mut m, _) = machine();
     let (other, _state) = crate::shared::VcpuShared::new();
-    // Both on this thread, and so on one host CPU.
-    m.cpu.shared.seat.take();
-    other.seat.take();
-    if m.cpu.shared.wants_a_cpu().is_none_or(|seat| seat.host_cpu.is_none()) {
-        return; // The C library does not tell it.
-    }
     m.cpu.vm.add_vcpu(Arc::clone(&other));
-    let mut in_a_loop = || {
+    let in_a_loop = |m: &mut Machine| {
         m.cpu.msrs.pv.spin = spin::Spin::default();
         // A thread that loses its CPU between the two seems to be in no loop.
         (0..100).map(|_| pause(&mut m.cpu).unwrap()).find(|flow| *flow == Flow::GiveWay)
     };
-    assert_eq!(in_a_loop(), Some(Flow::GiveWay));
-    other.seat.leave();
-    assert_eq!(in_a_loop(), None);
+    assert_eq!(in_a_loop(&mut m), None, "no thread runs the other");
+    let (end, ended) = std::sync::mpsc::channel::<()>();
+    let (say, said) = std::sync::mpsc::channel();
+    let theirs = Arc::clone(&other);
+    let thread = std::thread::spawn(move || {
+        theirs.seat.take();
+        say.send(()).unwrap();
+        let _ = ended.recv();
+    });
+    said.recv().unwrap();
+    // It may have to wait for a host CPU before it waits for us, and runs then.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while in_a_loop(&mut m).is_none() {
+        assert!(std::time::Instant::now() < deadline, "it does not run, and nobody gives way");
+    }
     assert_eq!(m.cpu.s.pauses_left, PAUSES);
+    other.seat.leave();
+    assert_eq!(in_a_loop(&mut m), None);
+    drop(end);
+    thread.join().unwrap();
 }
 
 #[test]
