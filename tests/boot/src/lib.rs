@@ -90,6 +90,22 @@ pub fn set_up(programs: &Path) -> Result<Setup, SetupError> {
     set_up_with(programs, &[])
 }
 
+/// For tests: [`set_up_with`] in the test program's own directory, `env!("CARGO_TARGET_TMPDIR")`. `None`: the host cannot
+/// do this test, and the reason was printed.
+///
+/// # Panics
+/// With the reason, for all else that fails.
+pub fn set_up_or_skip(target: &str, of_host: &[&str]) -> Option<Setup> {
+    match set_up_with(&Path::new(target).join("boot-programs"), of_host) {
+        Ok(setup) => Some(setup),
+        Err(SetupError::Lacking(what)) => {
+            println!("skipped: {what}");
+            None
+        }
+        Err(e) => panic!("{e}"),
+    }
+}
+
 /// [`set_up`] with programs of the host in the guest too.
 ///
 /// # Errors

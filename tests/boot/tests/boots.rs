@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use berth_tests_boot::{Ended, Guest, PROGRAMS, Setup, SetupError, set_up};
+use berth_tests_boot::{Ended, Guest, PROGRAMS, Setup, set_up_or_skip};
 
 /// Generous: the tests may share a small machine with others.
 const LIMIT: Duration = Duration::from_secs(150);
@@ -17,14 +17,7 @@ const TROUBLE: [&str; 8] =
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup() -> Option<Setup> {
-    match set_up(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")) {
-        Ok(setup) => Some(setup),
-        Err(SetupError::Lacking(what)) => {
-            println!("skipped: {what}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &[])
 }
 
 fn start(setup: &Setup, arguments: &[&str], command: &str) -> Guest {

@@ -4,13 +4,13 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use berth_tests_boot::kills::{Kills, check_qcow2};
-use berth_tests_boot::{Ended, Guest, Noise, Setup, SetupError, set_up, set_up_with, transfer};
+use berth_tests_boot::{Ended, Guest, Noise, Setup, set_up_or_skip, transfer};
 
 /// Generous: the tests may share a small machine with others.
 const LIMIT: Duration = Duration::from_secs(150);
@@ -20,22 +20,7 @@ const PLACES: u64 = 1024;
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup() -> Option<Setup> {
-    usable(set_up(&programs()))
-}
-
-fn programs() -> PathBuf {
-    Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")
-}
-
-fn usable(setup: Result<Setup, SetupError>) -> Option<Setup> {
-    match setup {
-        Ok(setup) => Some(setup),
-        Err(SetupError::Lacking(what)) => {
-            println!("skipped: {what}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &[])
 }
 
 fn start(setup: &Setup, arguments: &[&str], command: &str) -> Guest {
@@ -123,7 +108,7 @@ fn qcow2_disks_survive_kills() {
 
 /// The long form is `cargo xtask soak kill`.
 fn killed_while_fio_writes(name: &str, options: &str, count: u32) {
-    let Some(setup) = usable(set_up_with(&programs(), &["fio"])) else { return };
+    let Some(setup) = set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &["fio"]) else { return };
     let directory = tempfile::tempdir().unwrap();
     let disk = directory.path().join(name);
     let survived = Kills { setup: &setup, disk, options, count, seed: 0x5eed }.run(|_| {});

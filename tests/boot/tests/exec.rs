@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use berth_tests_boot::{Guest, SetupError, set_up};
+use berth_tests_boot::{Guest, set_up_or_skip};
 use sha2::{Digest, Sha256};
 
 /// Generous: the tests may share a small machine with others.
@@ -74,11 +74,7 @@ fn noise(len: usize) -> Vec<u8> {
 
 #[test]
 fn commands_run_in_the_guest() {
-    let setup = match set_up(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")) {
-        Ok(setup) => setup,
-        Err(SetupError::Lacking(what)) => return println!("skipped: {what}"),
-        Err(e) => panic!("{e}"),
-    };
+    let Some(setup) = set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &[]) else { return };
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("vsock");
     let name = format!("exec-{}", std::process::id());

@@ -7,9 +7,7 @@ use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use berth_tests_boot::{
-    Ended, Guest, Namespace, Noise, Setup, SetupError, set_up, set_up_with, transfer, transfer_limit,
-};
+use berth_tests_boot::{Ended, Guest, Namespace, Noise, Setup, set_up_or_skip, transfer, transfer_limit};
 
 /// Bits of virtio 1.2, 5.1.3: checksums and segmentation both ways, buffers that are merged.
 const OFFLOADS: [usize; 7] = [0, 1, 7, 8, 11, 12, 15];
@@ -18,15 +16,7 @@ const MULTI_QUEUE: usize = 22;
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup(of_host: &[&str]) -> Option<Setup> {
-    let programs = Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs");
-    match if of_host.is_empty() { set_up(&programs) } else { set_up_with(&programs, of_host) } {
-        Ok(setup) => Some(setup),
-        Err(SetupError::Lacking(what)) => {
-            println!("skipped: {what}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), of_host)
 }
 
 /// The host's side of `programs/exchange.sh`.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use berth_tests_boot::{Guest, Setup, SetupError, set_up};
+use berth_tests_boot::{Guest, Setup, set_up_or_skip};
 
 /// Generous: the tests may share a small machine with others.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -15,14 +15,7 @@ const TROUBLE: [&str; 6] = ["BUG", "WARNING", "lockup", "stall", "unstable", "cl
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup() -> Option<Setup> {
-    match set_up(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")) {
-        Ok(setup) => Some(setup),
-        Err(SetupError::Lacking(what)) => {
-            println!("skipped: {what}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &[])
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{fs, io, thread};
 use berth_disk::{CreateOptions, Format};
 use berth_machine::options::{BalloonOptions, ConsoleKind, DeviceOptions, DiskOptions};
 use berth_machine::{NetCounters, Notice};
-use berth_tests_boot::{InProcess, Setup, SetupError, SmallDisk, kills, set_up};
+use berth_tests_boot::{InProcess, Setup, SmallDisk, kills, set_up_or_skip};
 
 /// Generous: the tests may share a small machine with others.
 const LIMIT: Duration = Duration::from_secs(200);
@@ -17,14 +17,7 @@ const MIB: u64 = 1 << 20;
 
 /// `None`: the host cannot do this test, and was told so.
 fn setup() -> Option<Setup> {
-    match set_up(&Path::new(env!("CARGO_TARGET_TMPDIR")).join("boot-programs")) {
-        Ok(setup) => Some(setup),
-        Err(SetupError::Lacking(what)) => {
-            println!("skipped: {what}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
+    set_up_or_skip(env!("CARGO_TARGET_TMPDIR"), &[])
 }
 
 #[test]
