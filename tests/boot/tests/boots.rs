@@ -1,6 +1,5 @@
 //! Boots with 1, 2 and 4 vCPUs.
 
-use std::path::Path;
 use std::time::Duration;
 
 use berth_tests_boot::{Ended, Guest, PROGRAMS, Setup, set_up_or_skip};

@@ -1,7 +1,6 @@
 //! `berth explain` and `berth map` beside what the guest's own kernel says.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 

@@ -1,7 +1,6 @@
 //! Guest memory in the default guest: what a limit keeps in memory, and that nothing is lost by it.
 
 use std::fs;
-use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -1,6 +1,5 @@
 //! A guest that stands still for longer than its watchdogs wait, and sees nothing of it.
 
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
