@@ -11,6 +11,7 @@ use super::balloon::{Balloon, BalloonFeatures};
 use super::block::{Block, BlockOptions};
 use super::console::Console;
 use super::net::{Net, Stream};
+use super::rng::Rng;
 use super::testing::{DATA, Driver};
 use super::vsock::Vsock;
 
@@ -151,4 +152,20 @@ fn a_guest_hears_that_its_sockets_are_gone() {
     d.pci.resume();
     d.pci.pause();
     assert_eq!(d.get(0x3_8002, 2), [1, 0]);
+}
+
+#[test]
+fn features_that_are_not_agreed_on_do_not_hinder_a_restore() {
+    let rng = || Arc::new(Rng::new("t".into()));
+    let mut d = Driver::new(rng());
+    // Bits that nobody offers, and no FEATURES_OK after them.
+    d.write::<4>(0xc, 0xff_0000);
+    let saved = d.save(|_| ());
+    let mut d = Driver::restore(rng(), &saved);
+    assert_eq!(d.read::<4>(0xc), 0xff_0000);
+    // The driver begins again, and all works.
+    d.pci.reset();
+    d.start(0);
+    d.request(0, 0, &[], &[(BUFFER, 16)]);
+    assert_eq!(d.used(0), (0, 16));
 }

@@ -342,8 +342,13 @@ impl Transport {
         if state.queues.len() != self.slots.len() {
             return Err(format!("it has {} queues, not {}", self.slots.len(), state.queues.len()));
         }
+        // Before the agreement the register holds whatever the driver wrote to it.
+        let agreed = state.status & FEATURES_OK != 0;
+        if state.status & DRIVER_OK != 0 && !agreed {
+            return Err("it was started without an agreement on features".to_owned());
+        }
         let missing = state.driver_features & !self.offered();
-        if missing != 0 {
+        if agreed && missing != 0 {
             return Err(format!("its driver uses features that are not there: {missing:#x}"));
         }
         let queues = state.queues.iter().zip(&self.slots).map(|(saved, slot)| {
