@@ -203,7 +203,8 @@ impl QueueWorker {
         let durable = self.durable_writes;
         self.disk.pool.run(Box::new(move || {
             let result = execute(&request, image.as_ref(), &queue, durable);
-            drop(queue);
+            // Who waits for the result may close the image next, and open it again.
+            drop((queue, image));
             // The receiver waits for it; the event can only be set already.
             let _ = done.send((request, result));
             let _ = event.write(1);
