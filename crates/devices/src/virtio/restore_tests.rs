@@ -157,7 +157,7 @@ fn a_guest_hears_that_its_sockets_are_gone() {
 #[test]
 fn features_that_are_not_agreed_on_do_not_hinder_a_restore() {
     let rng = || Arc::new(Rng::new("t".into()));
-    let mut d = Driver::new(rng());
+    let d = Driver::new(rng());
     // Bits that nobody offers, and no FEATURES_OK after them.
     d.write::<4>(0xc, 0xff_0000);
     let saved = d.save(|_| ());
