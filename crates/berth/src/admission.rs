@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use berth_api::types::VmStats;
+use berth_api::types::{VmDescription, VmStats};
 use berth_api::{ClientError, RuntimeError, Vms, ask_all};
 use berth_host::Cpu;
 use berth_machine::options::size;
@@ -19,6 +19,8 @@ use crate::keeper;
 /// What a VM costs besides guest memory and what is stored of it, when it is not known yet: a little more than an idle VM
 /// of the soft engine takes (docs/performance.md).
 const OVERHEAD: u64 = 16 << 20;
+/// More than a VM is likely to cost besides guest memory: where all fits even so, nobody has to be asked.
+const MOST_OVERHEAD: u64 = 128 << 20;
 /// How long VMs have to say what they are promised.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -137,7 +139,11 @@ pub fn admit(new: &Promise, force: bool) -> Result<Admitted, AdmissionError> {
     let config = HostConfig::read()?;
     let budget = keeper::running_budget(&vms).unwrap_or_else(|| config.budget_bytes());
     let host = Host { budget, cpus: Cpu::read(Path::new("/")).online, config };
-    check(new, &others(&vms, &new.name)?, &host, force)?;
+    let most = |promise: &Promise| promise.size.max(promise.reserve) + MOST_OVERHEAD;
+    let others = others(&vms, &new.name);
+    let plenty = others.iter().map(|(_, promise)| most(promise)).sum::<u64>() + most(new) <= host.budget;
+    let others = if plenty { others.into_iter().map(|(_, promise)| promise).collect() } else { ask(others)? };
+    check(new, &others, &host, force)?;
     Ok(locked)
 }
 
@@ -155,20 +161,22 @@ fn lock(path: &Path) -> Result<Admitted, AdmissionError> {
     locked.map_err(|source| AdmissionError::Lock { path: path.to_owned(), source })
 }
 
-/// All VMs that live, but `name`.
-fn others(vms: &Vms, name: &str) -> Result<Vec<Promise>, AdmissionError> {
+/// All VMs that live, but `name`: where each is asked, and what it was promised at its start.
+fn others(vms: &Vms, name: &str) -> Vec<(PathBuf, Promise)> {
     let alive = vms.all().into_iter().filter(|vm| vm.name() != name && vm.is_alive());
     // One that has not said what it is waits for this lock.
-    let known: Vec<_> = alive.filter_map(|vm| vm.description()).collect();
-    let sockets: Vec<PathBuf> = known.iter().map(|d| d.api_socket.clone()).collect();
+    let promise = |d: VmDescription| {
+        let promise = Promise::new(&d.name, d.reserve_bytes, d.memory_bytes, d.vcpus);
+        (d.api_socket, promise)
+    };
+    alive.filter_map(|vm| vm.description()).map(promise).collect()
+}
+
+/// What they are promised now, as far as they answer.
+fn ask(known: Vec<(PathBuf, Promise)>) -> Result<Vec<Promise>, AdmissionError> {
+    let (sockets, promises): (Vec<PathBuf>, Vec<Promise>) = known.into_iter().unzip();
     let answers = ask_all::<VmStats>(&sockets, "/stats", PATIENCE)?;
-    let promise = |(description, answer): (berth_api::types::VmDescription, Result<VmStats, ClientError>)| {
-        let mut promise = Promise::new(
-            &description.name,
-            description.reserve_bytes,
-            description.memory_bytes,
-            description.vcpus,
-        );
+    let now = |(mut promise, answer): (Promise, Result<VmStats, ClientError>)| {
         if let Ok(stats) = answer {
             let stored = stats.memory.store.map_or(0, |store| store.memory_bytes);
             promise.reserve = stats.memory.reserve_bytes;
@@ -176,7 +184,7 @@ fn others(vms: &Vms, name: &str) -> Result<Vec<Promise>, AdmissionError> {
         }
         promise
     };
-    Ok(known.into_iter().zip(answers).map(promise).collect())
+    Ok(promises.into_iter().zip(answers).map(now).collect())
 }
 
 fn check(new: &Promise, others: &[Promise], host: &Host, force: bool) -> Result<(), AdmissionError> {

@@ -51,6 +51,12 @@ const BEHIND: u64 = 16 * MIB;
 /// Seconds that a VM which was thawed runs at least, and between two changes of the same kind.
 const RUNS_AT_LEAST: f64 = 20.0;
 const BETWEEN_THAWS: f64 = 3.0;
+/// Seconds that a VM stays frozen at least, unless it is used: there may be room for a moment only.
+const FROZEN_AT_LEAST: f64 = 6.0;
+/// Seconds after which a frozen VM has its turn, and one that is no more important stands still in its place.
+const TURN: f64 = 30.0;
+/// Seconds between two turns: what the last one brought shows only then.
+const BETWEEN_TURNS: f64 = 10.0;
 /// Least room for a VM that is to be thawed.
 const THAW_LEAST: u64 = 8 * MIB;
 
@@ -60,6 +66,7 @@ pub struct Policy {
     /// Until when a VM is left alone in a step.
     exhausted: HashMap<(String, Step), f64>,
     last_thaw: Option<f64>,
+    last_turn: Option<f64>,
 }
 
 /// What is still wanted.
@@ -112,7 +119,20 @@ impl Policy {
             }
             None => self.give(seen, used, awaited, &mut decisions),
         }
+        if decisions.iter().all(|d| !matches!(d.step, Step::Freeze | Step::Thaw)) {
+            self.turns(seen, used, &mut decisions);
+        }
         decisions
+    }
+
+    /// Who was frozen for long enough has its turn, if cold pages of others have not made room until then.
+    fn turns(&mut self, seen: &Seen, used: u64, decisions: &mut Vec<Decision>) {
+        let next = frozen(seen).into_iter().find(|vm| vm.frozen_for.is_some_and(|seconds| seconds >= TURN));
+        let soon = self.last_turn.is_some_and(|at| seen.now < at + BETWEEN_TURNS);
+        let Some(vm) = next.filter(|vm| !soon && need(vm) > room(seen, used)) else { return };
+        if take_turns(seen, vm, decisions) {
+            self.last_turn = Some(seen.now);
+        }
     }
 
     /// What is wanted of the VMs now.
@@ -239,17 +259,13 @@ impl Policy {
 
     /// There is room: what stands still goes on, what was given is given back.
     fn give(&mut self, seen: &Seen, used: u64, awaited: u64, decisions: &mut Vec<Decision>) {
-        let low = seen.host.budget - seen.host.budget / LOW;
-        let mut room = low.saturating_sub(used);
-        let mut frozen: Vec<&Vm> =
-            seen.vms.iter().filter(|vm| vm.state == State::Frozen && vm.awaited.is_none()).collect();
-        frozen.sort_by_key(|vm| (std::cmp::Reverse(vm.priority), vm.before_freeze));
+        let mut room = room(seen, used);
         // One after the other: what it takes shows only then.
         let waits = self.last_thaw.is_some_and(|at| seen.now < at + BETWEEN_THAWS);
-        if let Some(vm) = frozen.first()
+        if let Some(vm) = frozen(seen).first()
             && !waits
         {
-            let need = (vm.before_freeze / 2).max(THAW_LEAST);
+            let need = need(vm);
             if need <= room {
                 self.last_thaw = Some(seen.now);
                 room -= need;
@@ -297,6 +313,62 @@ impl Policy {
             decisions.push(Decision { vm: vm.name.clone(), step: Step::Deflate, action, gain: 0, reason });
         }
     }
+}
+
+/// What may be used without that something would be taken again soon.
+fn room(seen: &Seen, used: u64) -> u64 {
+    (seen.host.budget - seen.host.budget / LOW).saturating_sub(used)
+}
+
+/// What a frozen VM needs to go on: the rest comes back when it is touched.
+fn need(vm: &Vm) -> u64 {
+    (vm.before_freeze / 2).max(THAW_LEAST)
+}
+
+/// Frozen VMs that may go on, the most important first, of those with one priority the one that waits for longest.
+fn frozen(seen: &Seen) -> Vec<&Vm> {
+    let ripe = |vm: &&Vm| {
+        vm.state == State::Frozen
+            && vm.awaited.is_none()
+            && vm.frozen_for.is_none_or(|seconds| seconds >= FROZEN_AT_LEAST)
+    };
+    let mut frozen: Vec<&Vm> = seen.vms.iter().filter(ripe).collect();
+    let waiting = |vm: &Vm| vm.frozen_for.unwrap_or(0.0);
+    frozen.sort_by(|a, b| {
+        b.priority.cmp(&a.priority).then(waiting(b).total_cmp(&waiting(a))).then(a.name.cmp(&b.name))
+    });
+    frozen
+}
+
+/// A VM that has run for long enough stands still for one that was frozen for long enough and is no less important: when
+/// all of one priority use more than there is, each gets on. Returns whether there is one.
+fn take_turns(seen: &Seen, frozen: &Vm, decisions: &mut Vec<Decision>) -> bool {
+    let ran = |vm: &Vm| vm.thawed_for.unwrap_or(f64::INFINITY);
+    let can = |vm: &&Vm| {
+        vm.state == State::Running
+            && vm.priority <= frozen.priority
+            && ran(vm) >= TURN
+            && vm.above_reserve() >= LEAST
+    };
+    let order = |a: &&Vm, b: &&Vm| {
+        (b.priority.cmp(&a.priority))
+            .then(ran(a).total_cmp(&ran(b)))
+            .then(a.above_reserve().cmp(&b.above_reserve()))
+    };
+    let Some(vm) = seen.vms.iter().filter(can).max_by(order) else { return false };
+    decisions.retain(|d| d.vm != vm.name);
+    let reason = format!(
+        "{} was frozen for {:.0} s and has its turn: freezes {} (priority {}, {} above its reserve) until there is room or \
+         it is used",
+        frozen.name,
+        frozen.frozen_for.unwrap_or(0.0),
+        vm.name,
+        vm.priority,
+        show(vm.above_reserve())
+    );
+    let (gain, name, step) = (vm.above_reserve(), vm.name.clone(), Step::Freeze);
+    decisions.push(Decision { vm: name, step, action: Action::Freeze, gain, reason });
+    true
 }
 
 /// The last step: VMs of the lowest priority stand still, until those that go on fit. What other steps are expected to give

@@ -72,6 +72,8 @@ pub struct Vm {
     pub balloon: Option<Balloon>,
     /// Of a frozen VM: what was resident before.
     pub before_freeze: u64,
+    /// Of a frozen VM: how long it has been seen frozen.
+    pub frozen_for: Option<f64>,
     /// How long ago it went on after it was frozen, if it was seen.
     pub thawed_for: Option<f64>,
     /// What it was asked for and has not answered yet: bytes that it is expected to give.

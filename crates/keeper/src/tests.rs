@@ -184,6 +184,36 @@ fn frozen_vms_go_on_when_there_is_room_the_most_important_first() {
 }
 
 #[test]
+fn vms_that_do_not_fit_together_take_turns() {
+    let mut policy = Policy::new();
+    let frozen = |seconds, priority| Vm {
+        state: State::Frozen,
+        before_freeze: 400 * MIB,
+        frozen_for: Some(seconds),
+        ..vm("waits", priority, 0)
+    };
+    // What the others have is in use.
+    let used = |name, priority, ran| Vm {
+        thawed_for: ran,
+        refaults: 9000.0,
+        refault_time: 100e-6,
+        ..vm(name, priority, 430)
+    };
+    let others = [used("long", 100, Some(70.0)), used("short", 100, Some(10.0))];
+    let with = |seen_frozen: Vm| seen(0.0, [&[seen_frozen][..], &others].concat());
+    assert_eq!(policy.decide(&with(frozen(20.0, 100))), [], "it is not its turn yet");
+    let decisions = policy.decide(&with(frozen(40.0, 100)));
+    assert_eq!(short(&decisions), [("long", Step::Freeze)]);
+    assert!(decisions[0].reason.contains("waits was frozen for 40 s"), "{}", decisions[0].reason);
+    // Nobody stands still for one that is less important.
+    assert_eq!(policy.decide(&with(frozen(40.0, 99))), []);
+    // Then there is room, and who waits for longest goes on; not at once who was frozen just now.
+    let now = Vm { frozen_for: Some(1.0), ..frozen(1.0, 100) };
+    let both = vec![Vm { name: "just".to_owned(), ..now }, frozen(41.0, 100), used("short", 100, Some(11.0))];
+    assert_eq!(short(&policy.decide(&seen(50.0, both))), [("waits", Step::Thaw)]);
+}
+
+#[test]
 fn balloons_shrink_again_but_only_by_what_a_keeper_asked_for() {
     let mut policy = Policy::new();
     let with = |name, others| Vm {

@@ -34,6 +34,7 @@ struct Last {
     refaults: u64,
     cpu_seconds: f64,
     thawed_at: Option<f64>,
+    frozen_at: Option<f64>,
 }
 
 impl Looker {
@@ -115,6 +116,11 @@ impl Last {
             State::Running if was_frozen => Some(now),
             _ => before.and_then(|b| b.thawed_at),
         };
+        let frozen_at = match state {
+            State::Frozen if was_frozen => before.and_then(|b| b.frozen_at),
+            State::Frozen => Some(now),
+            _ => None,
+        };
         let rate = |then: f64, value: f64| {
             before.map_or(0.0, |b| (value - then).max(0.0) / (stats.at - b.at).max(0.1))
         };
@@ -139,6 +145,7 @@ impl Last {
                 others: None,
             }),
             before_freeze: memory.before_freeze_bytes.unwrap_or(0),
+            frozen_for: frozen_at.map(|at| now - at),
             thawed_for: thawed_at.map(|at| now - at),
             awaited: None,
         };
@@ -150,6 +157,7 @@ impl Last {
             refaults: store.refaults,
             cpu_seconds: stats.cpu_seconds,
             thawed_at,
+            frozen_at,
         }
     }
 }
