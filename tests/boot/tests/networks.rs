@@ -43,7 +43,7 @@ impl Exchange {
             let (second, _) = web.accept()?;
             let begin = Instant::now();
             let second = thread::spawn(move || serve(second));
-            let same = Noise::new(transfer()).is_same(Acknowledging::new(back.accept()?.0))?;
+            let same = Noise::new(transfer()).is_same(back.accept()?.0)?;
             second.join().expect("the server")?;
             let mib = transfer() >> 20;
             println!("{mib} MiB to the guest in {there:.1?}, there and back in {:.1?}", begin.elapsed());
@@ -55,33 +55,6 @@ impl Exchange {
     /// Whether what came back is what was sent.
     fn came_back(self) -> bool {
         self.server.join().expect("the server").expect("a whole exchange")
-    }
-}
-
-/// A stream whose reader says a byte now and then. passt of March 2023 (Debian bookworm) resets a connection of the guest's
-/// to which nothing was sent for 24 seconds, and a slow host needs longer than that.
-struct Acknowledging {
-    stream: TcpStream,
-    read: u64,
-}
-
-impl Acknowledging {
-    const EVERY: u64 = 16 << 20;
-
-    fn new(stream: TcpStream) -> Self {
-        Self { stream, read: 0 }
-    }
-}
-
-impl Read for Acknowledging {
-    fn read(&mut self, data: &mut [u8]) -> io::Result<usize> {
-        let n = self.stream.read(data)?;
-        let before = self.read;
-        self.read += n as u64;
-        if before / Self::EVERY != self.read / Self::EVERY {
-            self.stream.write_all(b".")?;
-        }
-        Ok(n)
     }
 }
 
