@@ -70,6 +70,10 @@ pub(crate) struct DebugFlags {
     pub no_slots: bool,
     /// `nocalls`: calls and returns are jumps.
     pub no_calls: bool,
+    /// `nodead`: flags are saved before every check, also where nothing reads them.
+    pub no_dead_flags: bool,
+    /// `nodirect`: the address of every memory operand is computed before its check.
+    pub no_direct: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
     /// `nogiveway`: a vCPU that waits in a loop never gives way to others.
@@ -77,7 +81,7 @@ pub(crate) struct DebugFlags {
 }
 
 impl DebugFlags {
-    const KNOWN: &str = "nochain, notlb, noslots, nocalls, notrim and nogiveway";
+    const KNOWN: &str = "nochain, notlb, noslots, nocalls, nodead, nodirect and notrim";
 
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
@@ -88,6 +92,8 @@ impl DebugFlags {
                 "notlb" => flags.no_tlb = true,
                 "noslots" => flags.no_slots = true,
                 "nocalls" => flags.no_calls = true,
+                "nodead" => flags.no_dead_flags = true,
+                "nodirect" => flags.no_direct = true,
                 "notrim" => flags.no_trim = true,
                 "nogiveway" => flags.no_give_way = true,
                 other => {

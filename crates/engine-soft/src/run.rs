@@ -470,13 +470,18 @@ impl Cpu {
         let trap = (self.s.scratch[2] >> 32) as u8;
         let host_flags = self.s.scratch[3];
         let pc = self.s.exit_value;
-        let Some(Located { rip, site }) = self.vm.cache.locate(pc) else {
+        let Some(Located { rip, site, redirect }) = self.vm.cache.locate(pc) else {
             self.fail(format!(
                 "signal {signal} (trap {trap}) at host address {pc:#x}, which is no known instruction"
             ));
             return false;
         };
         self.s.rip = rip;
+        if let Some(slow) = redirect {
+            // The address is bad and the flags are nowhere: the slow path computes them and finds the exception.
+            self.enter_code(slow);
+            return self.after_code();
+        }
         let (in_host, at_poll, stack) = match site {
             SiteKind::Poll { host_flags, .. } => (host_flags, true, false),
             SiteKind::Instruction { host_flags, stack, .. } => (host_flags, false, stack),
@@ -492,8 +497,9 @@ impl Cpu {
             (libc::SIGFPE, vector::XM) if no_xm => Fault::ud(),
             (libc::SIGFPE, vector::DE | vector::MF | vector::XM) => Fault::plain(trap),
             (libc::SIGILL, _) => Fault::ud(),
-            (libc::SIGSEGV, _) if stack => Fault::with_error(vector::SS, 0),
-            (libc::SIGSEGV, _) => Fault::gp(0),
+            // Linux makes #SS SIGBUS.
+            (libc::SIGSEGV | libc::SIGBUS, _) if stack => Fault::with_error(vector::SS, 0),
+            (libc::SIGSEGV, _) | (libc::SIGBUS, vector::SS) => Fault::gp(0),
             _ => {
                 self.fail(format!("signal {signal} (trap {trap}) at guest RIP {rip:#x}"));
                 return false;

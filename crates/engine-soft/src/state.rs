@@ -91,6 +91,8 @@ pub struct State {
     pub rflags_rest: u64,
     /// General spill places for templates.
     pub scratch: [u64; 4],
+    /// Operands of instructions whose flags are not saved: two sets of two.
+    pub flag_operands: [u64; 4],
     /// Argument or result of stubs: why translated code was left, and with which value.
     pub exit_reason: u64,
     /// Second word of the exit: link number, host PC, …

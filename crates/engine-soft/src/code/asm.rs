@@ -113,14 +113,18 @@ impl Asm {
         self.other = cold;
         for (at, label) in std::mem::take(&mut self.fixups) {
             let at = self.settled(at);
-            let target =
-                self.labels[label.0].map(|p| self.settled(p)).expect("every label is bound before finish");
+            let target = self.label_at(label);
             let rel = target as i32 - (at as i32 + 4);
             self.code[at as usize..at as usize + 4].copy_from_slice(&rel.to_le_bytes());
         }
         for i in 0..self.calls.len() {
             self.calls[i].0 = self.settled(self.calls[i].0);
         }
+    }
+
+    /// Where a label is, after [`Self::finish`].
+    pub(crate) fn label_at(&self, label: Label) -> u32 {
+        self.labels[label.0].map(|p| self.settled(p)).expect("every label is bound before finish")
     }
 
     /// The final form of a position that was taken while assembling.

@@ -90,6 +90,8 @@ pub(crate) struct Draft {
     pub sites: Vec<Site>,
     pub polls: Vec<u64>,
     pub links: Vec<Link>,
+    /// Sites after whose signal the block goes on at another place.
+    pub redirects: Vec<(u32, u32)>,
     /// Instructions that helpers execute: the code has their addresses.
     #[expect(clippy::vec_box, reason = "the code has their addresses")]
     pub instructions: Vec<Box<Helped>>,
@@ -132,6 +134,7 @@ pub(crate) struct Block {
     sites: u8,
     links: u8,
     polls: u8,
+    redirects: u8,
     state: u8,
     tables: Box<[u8]>,
 }
@@ -139,6 +142,7 @@ pub(crate) struct Block {
 const SITE: usize = 4;
 const LINK: usize = 7;
 const POLL: usize = 8;
+const REDIRECT: usize = 4;
 
 impl Block {
     /// The block for `draft`, placed at `start`. The translator bounds a block's length so that everything fits
@@ -147,12 +151,17 @@ impl Block {
         let size = draft.source.len()
             + draft.sites.len() * SITE
             + draft.links.len() * LINK
-            + draft.polls.len() * POLL;
+            + draft.polls.len() * POLL
+            + draft.redirects.len() * REDIRECT;
         let mut tables = Vec::with_capacity(size);
         tables.extend_from_slice(&draft.source);
         draft.sites.iter().for_each(|s| tables.extend(encode_site(s)));
         draft.links.iter().for_each(|l| tables.extend(encode_link(l)));
         draft.polls.iter().for_each(|p| tables.extend(p.to_le_bytes()));
+        for &(site, to) in &draft.redirects {
+            tables.extend((site as u16).to_le_bytes());
+            tables.extend((to as u16).to_le_bytes());
+        }
         let small = |n: usize| u8::try_from(n).expect("a block has few instructions");
         let short = |n: u32| u16::try_from(n).expect("a block is short");
         Self {
@@ -169,6 +178,7 @@ impl Block {
             sites: small(draft.sites.len()),
             links: small(draft.links.len()),
             polls: small(draft.polls.len()),
+            redirects: small(draft.redirects.len()),
             state: LIVE | if draft.prefers_host { PREFERS_HOST } else { 0 },
             tables: tables.into(),
         }
@@ -216,6 +226,14 @@ impl Block {
 
     fn polls_at(&self) -> usize {
         self.links_at() + usize::from(self.links) * LINK
+    }
+
+    /// Where to go on in the block after a signal at offset `site`, if not at the exit.
+    pub(crate) fn redirect(&self, site: u32) -> Option<u32> {
+        let before = self.polls_at() + usize::from(self.polls) * POLL;
+        let short = |a: u8, b: u8| u32::from(u16::from_le_bytes([a, b]));
+        let mut all = self.records::<REDIRECT>(before, self.redirects);
+        all.find(|&[a, b, _, _]| short(a, b) == site).map(|[_, _, c, d]| short(c, d))
     }
 
     pub(crate) fn sites(&self) -> impl Iterator<Item = Site> {
@@ -300,6 +318,7 @@ mod tests {
             sites: sites.clone(),
             polls: vec![7, u64::MAX],
             links: links.clone(),
+            redirects: vec![(0x1300, 0x1340)],
             instructions: Vec::new(),
             entry_memory: 0,
             entry_host: 24,
@@ -311,6 +330,7 @@ mod tests {
         assert_eq!(block.sites().collect::<Vec<_>>(), sites);
         assert_eq!(block.links().collect::<Vec<_>>(), links);
         assert_eq!((block.poll(1), block.poll(2)), (Some(u64::MAX), None));
+        assert_eq!((block.redirect(0x1300), block.redirect(0x1234)), (Some(0x1340), None));
         assert_eq!(block.found().entry_host, 0x118);
         assert_eq!(block.found().second_page, Some(0x5000));
         assert!(size_of::<Block>() <= 72);

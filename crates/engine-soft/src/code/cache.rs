@@ -130,6 +130,8 @@ pub struct CacheStats {
 pub(crate) struct Located {
     pub rip: u64,
     pub site: SiteKind,
+    /// Host address where the block goes on, if the exception is found there.
+    pub redirect: Option<u64>,
 }
 
 /// A jump that wants to be linked.
@@ -377,7 +379,8 @@ impl CodeCache {
             SiteKind::Instruction { offset, .. } => block.key().rip.wrapping_add(u64::from(offset)),
             SiteKind::Poll { index, .. } => block.poll(index)?,
         };
-        Some(Located { rip, site: site.what })
+        let redirect = block.redirect(site.host).map(|to| self.memory.address(block.start + to));
+        Some(Located { rip, site: site.what, redirect })
     }
 
     /// Drops everything. No vCPU may be inside translated code. `unmark` is called for each guest physical page

@@ -4,6 +4,7 @@ use berth_memory::GuestPhysAddr;
 use iced_x86::{FlowControl, Instruction, Register};
 
 use super::emit::Emitter;
+use super::liveness::Recover;
 use crate::code::asm::{Label, Mem, cc, gpr_offset, gs, state_offset};
 use crate::code::regs::{ADDR, Home, HostReg, R11, home};
 use crate::code::stubs::{Descriptor, FINISH_ONLY, RefillArgument, slot_offset, tlb_table_offset};
@@ -23,6 +24,35 @@ pub(super) struct Access {
     pub seg: Seg,
     /// Misaligned operands raise #GP, whatever else is wrong with them.
     pub aligned: bool,
+}
+
+/// How the guest address of an access is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Address {
+    /// It is in r15, and is not computed again.
+    Computed,
+    /// The memory operand of the instruction.
+    Operand,
+    /// A register that the instruction has not changed yet, and a displacement.
+    Based(HostReg, i32),
+}
+
+/// Where the body of an access finds the bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Operand {
+    /// r15 is the host address.
+    Host,
+    /// r15 is added to the guest's base and displacement.
+    Guest { base: HostReg, disp: i32 },
+}
+
+impl Operand {
+    pub(super) fn mem(self) -> Mem {
+        match self {
+            Operand::Host => Mem::base(ADDR, 0),
+            Operand::Guest { base, disp } => Mem::Any { base: Some(base), index: Some((ADDR, 1)), disp },
+        }
+    }
 }
 
 /// The segment that iced names.
@@ -98,25 +128,62 @@ impl Emitter<'_> {
         }
     }
 
-    /// Turns the guest address in r15 into a host address in r15, and calls `body`, which assembles the
-    /// instruction itself on `[r15]` together with whatever it commits. For stores `body` is called twice: the
-    /// second copy is for what the slow path has to finish. Flags must be in memory; the host's are destroyed.
+    /// Whether flags that are nowhere may stay there during this access.
+    fn may_defer(&self, address: Address) -> Option<Recover> {
+        let possible = self.flags_dead && address != Address::Computed;
+        self.flags.recover().filter(|_| possible)
+    }
+
+    /// The guest address into r15. Keeps flags; clobbers r11.
+    fn locate(&mut self, insn: &Instruction, address: Address) {
+        match address {
+            Address::Computed => {}
+            Address::Operand => {
+                self.effective_address(insn);
+                self.add_segment_base(seg_of(insn.memory_segment()));
+            }
+            Address::Based(base, 0) => self.asm.mov(ADDR, base),
+            Address::Based(base, disp) => self.asm.lea(true, ADDR, Mem::base(base, disp)),
+        }
+    }
+
+    /// Base and displacement, if the address is nothing else and both can be a part of the instruction.
+    fn based(&self, insn: &Instruction, address: Address) -> Option<(HostReg, i32)> {
+        match address {
+            Address::Based(base, disp) => Some((base, disp)),
+            Address::Operand => {
+                let base = insn.memory_base();
+                let plain = base.is_gpr64()
+                    && insn.memory_index() == Register::None
+                    && !matches!(seg_of(insn.memory_segment()), Seg::Fs | Seg::Gs);
+                match home(base.number()) {
+                    Home::Host(reg) if plain => Some((reg, insn.memory_displacement64() as i32)),
+                    _ => None,
+                }
+            }
+            Address::Computed => None,
+        }
+    }
+
+    /// Makes the memory at guest address `address` accessible, and calls `body`, which assembles the instruction itself
+    /// on the operand that it is given together with whatever it commits. For stores `body` is called twice: the
+    /// second copy is for what the slow path has to finish. The host's flags are destroyed before it.
     ///
     /// `restores`: `body` leaves the flags of the guest in the host's flags.
     pub(super) fn access(
         &mut self,
         insn: &Instruction,
         access: Access,
+        address: Address,
         restores: bool,
-        body: impl Fn(&mut Self),
+        body: impl Fn(&mut Self, Operand),
     ) {
-        debug_assert!(self.flags.in_memory());
         let mode = self.key.mode;
         // Code segments cannot be written, and perhaps not be read.
         let far_segment = !mode.is_64bit() && matches!(access.seg, Seg::Cs | Seg::Fs | Seg::Gs);
         let segmented = mode.has(Mode::SEGMENTED) || far_segment;
         let unchecked = segmented || mode.has(Mode::WATCHED) || mode.has(Mode::ALIGN) || self.vm.debug.no_tlb;
-        let descriptor = Descriptor {
+        let mut descriptor = Descriptor {
             kind: access.kind,
             size: access.size as u8,
             stack: access.seg == Seg::Ss,
@@ -124,50 +191,78 @@ impl Emitter<'_> {
             segment: segmented.then_some(access.seg),
             slot: None,
         };
-        let was_cold = self.asm.is_cold();
         let (hit, after) = (self.asm.label(), self.asm.label());
         if unchecked {
+            self.flags.to_memory(self.asm);
+            self.locate(insn, address);
             self.flags.host_lost();
             self.slow_call(insn, descriptor);
             if access.kind != Kind::Read {
                 self.asm.jmp(hit); // five bytes, skipped for special stores
-                body(self);
+                body(self, Operand::Host);
                 self.finish_store(insn, restores);
                 self.asm.jmp(after);
             }
             self.asm.bind(hit);
-            body(self);
+            body(self, Operand::Host);
             self.asm.bind(after);
             return;
         }
-        let table = TlbTable::new(mode.tlb_class(), access.kind != Kind::Read);
-        self.flags.host_lost();
-        let miss = self.asm.label();
-        let slot = self.slot(insn, table);
-        match slot {
-            Some(number) => self.check_slot(table, number, access.size, miss),
-            None => self.check_tlb(table, access.size, miss),
+        let recover = self.may_defer(address);
+        if recover.is_none() {
+            self.flags.to_memory(self.asm);
         }
+        let table = TlbTable::new(mode.tlb_class(), access.kind != Kind::Read);
+        let slot = self.slot(insn, table);
+        let based = self.based(insn, address).filter(|_| slot.is_some() && !self.vm.debug.no_direct);
+        let miss = self.asm.label();
+        if based.is_none() {
+            self.locate(insn, address);
+        }
+        self.flags.host_lost();
+        match (slot, based) {
+            (Some(number), Some(based)) => self.check_slot_of(table, number, based, access.size, miss),
+            (Some(number), None) => self.check_slot(table, number, access.size, miss),
+            (None, _) => self.check_tlb(table, access.size, miss),
+        }
+        let operand = based.map_or(Operand::Host, |(base, disp)| Operand::Guest { base, disp });
         self.asm.bind(hit);
-        body(self);
+        self.redirect = recover.map(|_| miss);
+        body(self, operand);
+        self.redirect = None;
         self.asm.bind(after);
 
         let flags_after = self.flags;
+        let was_cold = self.asm.is_cold();
         self.asm.set_cold(true);
         self.asm.bind(miss);
-        let mut descriptor = descriptor;
+        if let Some(recover) = recover {
+            recover.emit(self.asm);
+            self.asm.save_flags();
+        }
+        if recover.is_some() || based.is_some() {
+            self.locate(insn, address);
+        }
+        let found = if based.is_some() { self.asm.label() } else { hit };
         if let Some(number) = slot {
             self.asm.mov_imm(R11, u64::from(RefillArgument::pack(number, access.size)));
             self.asm.call_abs(self.stubs.refill[table.index()]);
-            self.asm.jmp(hit); // five bytes, skipped if the TLB does not have the page
+            self.asm.jmp(found); // five bytes, skipped if the TLB does not have the page
             descriptor.slot = Some(number as u16);
         }
         self.slow_call(insn, descriptor);
-        self.asm.jmp(hit); // five bytes, skipped for special stores
+        self.asm.jmp(found); // five bytes, skipped for special stores
         if access.kind != Kind::Read {
-            body(self);
+            body(self, Operand::Host);
             self.finish_store(insn, restores);
             self.asm.jmp(after);
+        }
+        if let Some((base, disp)) = based {
+            // From the host address to what it is added to.
+            self.asm.bind(found);
+            self.asm.lea(true, R11, Mem::base(base, disp));
+            self.asm.reg(true, &[0x2b], ADDR, R11);
+            self.asm.jmp(hit);
         }
         self.asm.set_cold(was_cold);
         self.flags = flags_after;
@@ -186,6 +281,28 @@ impl Emitter<'_> {
             return None;
         }
         Some(self.vm.slot_numbers.next(table, insn.ip(), stack))
+    }
+
+    /// r15 becomes what is added to the guest address to get the host's, if the slot has the page; to `miss` if not.
+    /// Clobbers r11. It is no part of the address's latency.
+    fn check_slot_of(
+        &mut self,
+        table: TlbTable,
+        number: usize,
+        (base, disp): (HostReg, i32),
+        size: usize,
+        miss: Label,
+    ) {
+        let slot = slot_offset(table, number);
+        let a = &mut *self.asm;
+        match disp {
+            0 => a.mov(R11, base),
+            _ => a.lea(true, R11, Mem::base(base, disp)),
+        }
+        a.mem(&[], true, &[0x2b], R11, Mem::Gs(slot + std::mem::offset_of!(Slot, tag) as i32));
+        a.alu_imm(true, 7, R11, 4096 - size as i32 + 1);
+        a.jcc(cc::AE, miss);
+        a.load(ADDR, Mem::Gs(slot + std::mem::offset_of!(Slot, delta) as i32));
     }
 
     /// r15 becomes the host address if the slot has the page; to `miss` with r15 as it is if not. Clobbers r11.

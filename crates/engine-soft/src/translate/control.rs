@@ -7,7 +7,7 @@
 
 use iced_x86::{Code, Instruction, OpKind};
 
-use super::access::{Access, seg_of};
+use super::access::{Access, Address, seg_of};
 use super::emit::Emitter;
 use super::fetch::{MAX_INSTRUCTION_LEN, jump_cache_index};
 use crate::code::asm::{Mem, cc, gs};
@@ -243,13 +243,11 @@ impl Emitter<'_> {
             }
             return;
         }
-        self.effective_address(insn);
         let seg = seg_of(insn.memory_segment());
-        self.add_segment_base(seg);
         let access = Access { kind: Kind::Read, size: 8, seg, aligned: false };
-        self.access(insn, access, false, |e| {
+        self.access(insn, access, Address::Operand, false, |e, from| {
             e.site(insn, false);
-            e.asm.load(ADDR, Mem::base(ADDR, 0));
+            e.asm.load(ADDR, from.mem());
         });
     }
 

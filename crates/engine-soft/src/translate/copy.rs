@@ -5,7 +5,7 @@ use iced_x86::{
     Register,
 };
 
-use super::access::{Access, seg_of};
+use super::access::{Access, Address, Operand, seg_of};
 use super::class::has_memory;
 use super::emit::Emitter;
 use super::flags::Effect;
@@ -31,6 +31,7 @@ enum Borrow {
 }
 
 /// How to execute an instruction natively.
+#[derive(Clone)]
 struct Plan {
     insn: Instruction,
     borrowed: Vec<Borrowed>,
@@ -51,18 +52,18 @@ impl Emitter<'_> {
             }
             let plan = self.plan(insn, &[ADDR, R11], effect, false);
             self.native(insn, &plan);
-            self.flags.after(effect);
+            self.after(effect);
             return;
         }
-        self.flags.to_memory(self.asm);
+        if !self.flags_dead {
+            self.flags.to_memory(self.asm);
+        }
         if waits_for_x87(insn) {
             // A pending exception of an earlier x87 instruction comes before any fault of the operand.
             self.site(insn, false);
             self.asm.bytes(&[0x9b]); // fwait
         }
-        self.effective_address(insn);
         let seg = seg_of(insn.memory_segment());
-        self.add_segment_base(seg);
         let plan = self.plan(insn, &[R11], effect, effect.needs_host());
         let size = match insn.code() {
             // AMD's CPUs read 32 bits and use 16 of them (seen on Zen).
@@ -71,11 +72,29 @@ impl Emitter<'_> {
         };
         let access = Access { kind: self.kind(insn), size, seg, aligned: needs_alignment(insn) };
         let in_host = effect != Effect::None;
-        self.access(insn, access, in_host, |e| e.native(insn, &plan));
+        self.access(insn, access, Address::Operand, in_host, |e, operand| match operand {
+            Operand::Host => e.native(insn, &plan),
+            Operand::Guest { base, .. } => {
+                let mut direct = plan.clone();
+                direct.insn.set_memory_base(sized(base, 8));
+                direct.insn.set_memory_index(Register::R15);
+                direct.insn.set_memory_displacement64(insn.memory_displacement64());
+                direct.insn.set_memory_displ_size(insn.memory_displ_size());
+                e.native(insn, &direct);
+            }
+        });
         if plan.restore {
             self.flags.host_restored();
         }
+        self.after(effect);
+    }
+
+    /// After an ordinary instruction with this effect.
+    fn after(&mut self, effect: Effect) {
         self.flags.after(effect);
+        if let Some(window) = self.window {
+            self.flags.set_recover(window.recover);
+        }
     }
 
     /// What the instruction does with its memory operand.
@@ -214,6 +233,9 @@ impl Emitter<'_> {
         if plan.restore {
             self.asm.restore_flags();
         }
+        if let Some(window) = self.window {
+            window.store_operands(self.asm);
+        }
         for b in plan.borrowed.iter().filter(|b| b.load) {
             match b.from {
                 Borrow::State(n) => self.asm.load(b.scratch, Mem::Gs(gpr_offset(n))),
@@ -334,7 +356,7 @@ impl Emitter<'_> {
         out.set_op_register(1, sized(R11, size));
         let kind = if insn.mnemonic() == Mnemonic::Bt { Kind::Read } else { Kind::Modify };
         let insn = *insn;
-        self.access(&insn, Access { kind, size, seg, aligned: false }, true, |e| {
+        self.access(&insn, Access { kind, size, seg, aligned: false }, Address::Computed, true, |e, _| {
             let reg = e.register(index, R11);
             if reg != R11 {
                 e.asm.mov(R11, reg);

@@ -7,7 +7,8 @@ use super::class::{Class, FirstWish, first_wish, has_memory};
 use super::copy::{may_raise, needs_alignment};
 use super::fetch::chained;
 use super::flags::Flags;
-use crate::code::asm::{Asm, gs};
+use super::liveness::{Window, dead_before, window};
+use crate::code::asm::{Asm, Label, gs};
 use crate::code::block::{Draft, Helped, Link, Site, SiteKind};
 use crate::code::cache::Key;
 use crate::code::regs::{ADDR, R11};
@@ -30,6 +31,14 @@ pub(super) struct Emitter<'a> {
     pub(super) links: Vec<Link>,
     sites: Vec<Site>,
     polls: Vec<u64>,
+    /// Where to go on after a signal at a site whose flags are nowhere: the access's way to the slow path.
+    redirects: Vec<(u32, Label)>,
+    /// The same for the access that is being assembled.
+    pub(super) redirect: Option<Label>,
+    /// Whether the flags before the current instruction are read by exceptions only.
+    pub(super) flags_dead: bool,
+    /// What to do about the flags of the current instruction.
+    pub(super) window: Option<Window>,
     #[expect(clippy::vec_box, reason = "the code has their addresses")]
     instructions: Vec<Box<Helped>>,
 }
@@ -49,6 +58,10 @@ impl<'a> Emitter<'a> {
             links: Vec::new(),
             sites: Vec::new(),
             polls: Vec::new(),
+            redirects: Vec::new(),
+            redirect: None,
+            flags_dead: false,
+            window: None,
             instructions: Vec::new(),
         }
     }
@@ -83,7 +96,14 @@ impl<'a> Emitter<'a> {
                 (self.asm.head(), host)
             }
         };
-        for (insn, class) in list {
+        let dead = dead_before(list);
+        let mut windows = 0;
+        for (at, (insn, class)) in list.iter().enumerate() {
+            if !self.vm.debug.no_dead_flags {
+                self.flags_dead = dead[at];
+                self.window = window(list, at, &dead, &mut self.info, windows % 2);
+                windows += usize::from(self.window.is_some());
+            }
             self.instruction(insn, *class);
         }
         let (last, class) = &list[list.len() - 1];
@@ -101,6 +121,7 @@ impl<'a> Emitter<'a> {
             source,
             sites: self.sites.iter().map(|s| Site { host: settled(s.host), what: s.what }).collect(),
             polls: std::mem::take(&mut self.polls),
+            redirects: self.redirects.iter().map(|&(at, to)| (settled(at), self.asm.label_at(to))).collect(),
             links: self
                 .links
                 .iter()
@@ -183,6 +204,9 @@ impl<'a> Emitter<'a> {
     fn site_of(&mut self, insn: &Instruction, host_flags: bool, stack: bool) {
         let offset = insn.ip().wrapping_sub(self.key.rip) as u16;
         let host = self.asm.pos();
+        if let Some(slow) = self.redirect {
+            self.redirects.push((host, slow));
+        }
         self.sites.push(Site { host, what: SiteKind::Instruction { offset, host_flags, stack } });
     }
 

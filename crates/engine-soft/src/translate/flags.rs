@@ -2,18 +2,22 @@
 //!
 //! The flags stay in the host's flags as long as nothing destroys them. TLB checks and helpers do; before
 //! them the flags are saved to the state block, if the host's are newer. So at every instruction that can fault
-//! the flags are in a known place, and state is precise.
+//! the flags are in a known place, and state is precise. Flags that nothing reads may be in neither place for a while;
+//! then it is known how to compute them again (`liveness.rs`).
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register, RflagsBits};
 
+use super::liveness::Recover;
 use crate::code::asm::Asm;
 use crate::code::block::FlagsPlace;
 
-/// The current place. At least one of the two is true.
+/// The current place. If neither is true, `recover` is known.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flags {
     host: bool,
     memory: bool,
+    /// How to compute them again, while that is possible and nothing reads them.
+    recover: Option<Recover>,
 }
 
 const ARITHMETIC: u32 =
@@ -69,12 +73,13 @@ fn may_leave_flags(insn: &Instruction) -> bool {
 
 #[expect(clippy::wrong_self_convention, reason = "the flags go to memory or to the host")]
 impl Flags {
-    pub(crate) const HOST: Self = Self { host: true, memory: false };
-    pub(crate) const MEMORY: Self = Self { host: false, memory: true };
+    pub(crate) const HOST: Self = Self { host: true, memory: false, recover: None };
+    pub(crate) const MEMORY: Self = Self { host: false, memory: true, recover: None };
 
     /// Makes sure that the state block has the flags. Clobbers r11 if it has to save them.
     pub(crate) fn to_memory(&mut self, asm: &mut Asm) {
         if !self.memory {
+            self.to_host(asm);
             asm.save_flags();
             self.memory = true;
         }
@@ -82,14 +87,27 @@ impl Flags {
 
     /// Something destroyed the host's flags; the state block has them.
     pub(crate) fn host_lost(&mut self) {
-        debug_assert!(self.memory);
+        debug_assert!(self.memory || self.recover.is_some());
         self.host = false;
     }
 
-    /// Makes sure that the host's flags are the guest's.
+    /// Nothing but exceptions reads the flags that were just set, and this computes them again.
+    pub(crate) fn set_recover(&mut self, recover: Recover) {
+        self.recover = Some(recover);
+    }
+
+    /// How to compute the flags again instead of saving them.
+    pub(crate) fn recover(self) -> Option<Recover> {
+        if self.memory { None } else { self.recover }
+    }
+
+    /// Makes sure that the host's flags are the guest's. Clobbers r11.
     pub(crate) fn to_host(&mut self, asm: &mut Asm) {
         if !self.host {
-            asm.restore_flags();
+            match self.recover() {
+                Some(recover) => recover.emit(asm),
+                None => asm.restore_flags(),
+            }
             self.host = true;
         }
     }

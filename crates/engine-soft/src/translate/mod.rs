@@ -8,7 +8,7 @@
 //!                                                                       ├ stack.rs    push, pop, call, ret
 //!                                                                       ├ string.rs   REP MOVS and STOS
 //!                                                                       ├ system.rs   PUSHF, STI, segment reads
-//!                                                                       └ flags.rs    where the flags are
+//!                                                                       └ flags.rs    where the flags are (liveness.rs: or need not be)
 //! ```
 //!
 //! A block is a run of instructions in one guest page that ends with a jump, with an instruction after which
@@ -27,6 +27,7 @@ mod copy;
 mod emit;
 mod fetch;
 mod flags;
+mod liveness;
 mod stack;
 mod string;
 mod system;

@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, OpKind, Register};
 
-use super::access::{Access, seg_of};
+use super::access::{Access, Address, seg_of};
 use super::emit::Emitter;
 use crate::code::asm::{Mem, cc, gpr_offset, gs};
 use crate::code::regs::{ADDR, GUEST_RSP, Home, R11, RBP, RSP, home};
@@ -23,9 +23,7 @@ pub(super) enum Source {
 
 impl Emitter<'_> {
     pub(super) fn push_source(&mut self, insn: &Instruction, source: Source) {
-        self.flags.to_memory(self.asm);
-        self.asm.lea(true, ADDR, Mem::base(GUEST_RSP, -8));
-        self.access(insn, PUSH, false, |e| {
+        self.access(insn, PUSH, Address::Based(GUEST_RSP, -8), false, |e, to| {
             let reg = match source {
                 Source::Register(register) => e.register(register, R11),
                 Source::Immediate(value) => {
@@ -38,7 +36,7 @@ impl Emitter<'_> {
                 }
             };
             e.stack_site(insn);
-            e.asm.store(Mem::base(ADDR, 0), reg);
+            e.asm.store(to.mem(), reg);
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, -8));
         });
     }
@@ -48,14 +46,11 @@ impl Emitter<'_> {
         match insn.op0_kind() {
             OpKind::Register => self.push_source(insn, Source::Register(insn.op0_register())),
             OpKind::Memory => {
-                self.flags.to_memory(self.asm);
-                self.effective_address(insn);
                 let seg = seg_of(insn.memory_segment());
-                self.add_segment_base(seg);
                 let load = Access { kind: Kind::Read, size: 8, seg, aligned: false };
-                self.access(insn, load, false, |e| {
+                self.access(insn, load, Address::Operand, false, |e, from| {
                     e.site(insn, false);
-                    e.asm.load(ADDR, Mem::base(ADDR, 0));
+                    e.asm.load(ADDR, from.mem());
                     e.asm.store(Mem::Gs(gs!(scratch)), ADDR);
                 });
                 self.push_source(insn, Source::Scratch);
@@ -66,20 +61,18 @@ impl Emitter<'_> {
 
     /// POP r64.
     pub(super) fn pop(&mut self, insn: &Instruction) {
-        self.flags.to_memory(self.asm);
-        self.asm.mov(ADDR, GUEST_RSP);
         let register = insn.op0_register();
-        self.access(insn, POP, false, |e| {
+        self.access(insn, POP, Address::Based(GUEST_RSP, 0), false, |e, from| {
             e.stack_site(insn);
             match home(register.number()) {
                 // The popped value wins over the increment.
-                Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, Mem::base(ADDR, 0)),
+                Home::Host(GUEST_RSP) => e.asm.load(GUEST_RSP, from.mem()),
                 Home::Host(reg) => {
-                    e.asm.load(reg, Mem::base(ADDR, 0));
+                    e.asm.load(reg, from.mem());
                     e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
                 Home::State(n) => {
-                    e.asm.load(R11, Mem::base(ADDR, 0));
+                    e.asm.load(R11, from.mem());
                     e.asm.store(Mem::Gs(gpr_offset(n)), R11);
                     e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8));
                 }
@@ -89,12 +82,10 @@ impl Emitter<'_> {
 
     /// LEAVE.
     pub(super) fn leave(&mut self, insn: &Instruction) {
-        self.flags.to_memory(self.asm);
-        self.asm.mov(ADDR, RBP);
-        self.access(insn, POP, false, |e| {
+        self.access(insn, POP, Address::Based(RBP, 0), false, |e, from| {
             // The load first: it is what can fault.
             e.stack_site(insn);
-            e.asm.load(R11, Mem::base(ADDR, 0));
+            e.asm.load(R11, from.mem());
             e.asm.lea(true, GUEST_RSP, Mem::base(RBP, 8));
             e.asm.mov(RBP, R11);
         });
@@ -134,12 +125,10 @@ impl Emitter<'_> {
 
     /// RET, RET imm16.
     pub(super) fn ret(&mut self, insn: &Instruction) {
-        self.flags.to_memory(self.asm);
-        self.asm.mov(ADDR, GUEST_RSP);
         let extra = if insn.code() == Code::Retnq_imm16 { i32::from(insn.immediate16()) } else { 0 };
-        self.access(insn, POP, false, |e| {
+        self.access(insn, POP, Address::Based(GUEST_RSP, 0), false, |e, from| {
             e.stack_site(insn);
-            e.asm.load(ADDR, Mem::base(ADDR, 0));
+            e.asm.load(ADDR, from.mem());
             e.asm.lea(true, GUEST_RSP, Mem::base(GUEST_RSP, 8 + extra));
         });
         if !self.pairs_calls() {
