@@ -15,9 +15,9 @@ use tokio::runtime::Runtime;
 
 use crate::http::{Ask, send, whole};
 use crate::types::{
-    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, Event, ExplainQuery, Explanation,
-    FreezeAnswer, MemoryMap, MemoryRequest, Moved, ReclaimRequest, Reclaimed, StopRequest, StoreFileRequest,
-    VmInfo, VmStats,
+    ApiError, BalloonRequest, ConsoleSize, CpuRequest, DiskSizeRequest, EngineStats, Event, ExplainQuery,
+    Explanation, FreezeAnswer, MemoryMap, MemoryRequest, Moved, ReclaimRequest, Reclaimed, StopRequest,
+    StoreFileRequest, VmInfo, VmStats,
 };
 
 /// How long a VM has to answer a request that it can answer at once.
@@ -166,6 +166,14 @@ impl Client {
     /// [`ClientError`].
     pub fn stats(&self) -> Result<VmStats, ClientError> {
         self.get("/stats")
+    }
+
+    /// What its engine counted.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn engine(&self) -> Result<EngineStats, ClientError> {
+        self.get("/engine")
     }
 
     /// Where an address of the guest leads.

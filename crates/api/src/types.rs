@@ -17,6 +17,6 @@ pub use request::{
     MemoryRequest, Moved, ReclaimRequest, Reclaimed, StopRequest, StoreFileRequest,
 };
 pub use stats::{
-    BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, ThreadStats, VcpuStats,
-    VmStats,
+    BalloonStats, DiskStats, EngineCounter, EngineStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats,
+    ThreadStats, VcpuStats, VmStats,
 };

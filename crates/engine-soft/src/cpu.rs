@@ -9,6 +9,7 @@ use berth_engine::{Bus, EngineError, Exit, LocalApic, StoodStill, Vcpu, VcpuHand
 
 use crate::code::Flow;
 use crate::code::asm::Asm;
+use crate::counters::Counters;
 use crate::exec::deliver::Event;
 use crate::fault::Fault;
 use crate::host::X87;
@@ -17,49 +18,6 @@ use crate::mode::Mode;
 use crate::shared::{StateRef, VcpuShared};
 use crate::state::Seg;
 use crate::vm::Vm;
-
-/// What a vCPU did since it was made; the ground that work on speed starts from.
-#[derive(Clone, Debug)]
-pub(crate) struct Counters {
-    /// Times that translated code was left, by [`crate::code::reason`].
-    pub exits: [u64; 7],
-    /// Instructions that helpers executed, by mnemonic.
-    pub helpers: Box<[u32]>,
-    /// Accesses that took the slow path.
-    pub slow_accesses: u64,
-    /// Accesses that were translated again without a slot.
-    pub slots_given_up: u64,
-    /// Page walks.
-    pub walks: u64,
-    /// Interrupts delivered.
-    pub interrupts: u64,
-}
-
-impl Default for Counters {
-    fn default() -> Self {
-        let helpers = vec![0; iced_x86::Mnemonic::values().len()].into();
-        Self { exits: [0; 7], helpers, slow_accesses: 0, slots_given_up: 0, walks: 0, interrupts: 0 }
-    }
-}
-
-impl std::fmt::Display for Counters {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [lookup, link, flow, fault, signal, alone, dead] = self.exits;
-        write!(
-            f,
-            "exits: lookup {lookup}, link {link}, helper {flow}, fault {fault}, signal {signal}, alone {alone}, dead block {dead}; "
-        )?;
-        write!(
-            f,
-            "slow accesses {}, slots given up {}, page walks {}, interrupts {}; helpers:",
-            self.slow_accesses, self.slots_given_up, self.walks, self.interrupts
-        )?;
-        let mut list: Vec<_> =
-            iced_x86::Mnemonic::values().zip(&self.helpers).filter(|(_, n)| **n > 0).collect();
-        list.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
-        list.iter().take(24).try_for_each(|(mnemonic, n)| write!(f, " {mnemonic:?} {n}"))
-    }
-}
 
 /// A vCPU: its state block and everything that helpers need.
 pub struct Cpu {
@@ -113,10 +71,10 @@ pub struct Cpu {
     pub(crate) epoch: u64,
     /// [`Vm::dirty_epoch`] that its entries for stores belong to.
     pub(crate) dirty_epoch: u64,
+    /// How often its slots miss.
+    pub(crate) miss_rate: crate::memory::slots::MissRate,
     /// How busy it was of late.
     pub(crate) idle_watch: crate::idle::IdleWatch,
-    /// What happened so far.
-    pub(crate) counters: Counters,
     /// Reused by the translator.
     pub(crate) asm: Asm,
 }
@@ -155,8 +113,8 @@ impl Cpu {
             injected: None,
             epoch: 0,
             dirty_epoch: 0,
+            miss_rate: Default::default(),
             idle_watch: crate::idle::IdleWatch::default(),
-            counters: Counters::default(),
             asm: Asm::default(),
         };
         cpu.s.pauses_left = crate::exec::pv::PAUSES;
@@ -164,6 +122,11 @@ impl Cpu {
         cpu.empty_call_stack();
         cpu.set_architectural(&CpuState::reset());
         cpu
+    }
+
+    /// What this vCPU counts.
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.shared.counters
     }
 
     /// Must be called after anything that [`Mode::of`] looks at was changed, before the next instruction.

@@ -1,4 +1,5 @@
-//! The few things that only the host CPU or kernel can do: the GS base of the thread and the x87 registers.
+//! The few things that only the host CPU or kernel can do: the GS base of the thread, the x87 registers and the
+//! time-stamp counter.
 
 use std::io;
 
@@ -43,4 +44,10 @@ pub(crate) fn load_x87(image: &X87) {
 pub(crate) fn save_x87(image: &mut X87) {
     // SAFETY: writes 512 bytes to an aligned buffer.
     unsafe { std::arch::asm!("fxsave64 [{}]", in(reg) image.0.as_mut_ptr(), options(nostack)) };
+}
+
+/// The time-stamp counter.
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: every x86-64 CPU has RDTSC, and Linux lets user code execute it.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }

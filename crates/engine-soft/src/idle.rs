@@ -1,7 +1,7 @@
 //! Gives translated code back when the whole VM is idle.
 //!
 //! A guest that booted an hour ago and now waits needs a hundredth of the code that was translated for it. When
-//! every vCPU has used less than [`IDLE_SHARE`] of a host CPU for [`IDLE_WINDOWS`] windows in a row, the code cache
+//! every vCPU has used, and waited for, less than [`IDLE_SHARE`] of a host CPU for [`IDLE_WINDOWS`] windows in a row, the code cache
 //! is emptied; what the guest still executes is translated again, which takes milliseconds.
 
 use std::sync::atomic::Ordering;
@@ -22,18 +22,23 @@ const WORTHWHILE: u64 = 4 << 20;
 #[derive(Debug)]
 pub(crate) struct IdleWatch {
     window_start: Instant,
-    cpu_at_start: Duration,
+    busy_at_start: Duration,
     idle_windows: u32,
 }
 
 impl Default for IdleWatch {
     fn default() -> Self {
-        Self { window_start: Instant::now(), cpu_at_start: Duration::ZERO, idle_windows: 0 }
+        Self { window_start: Instant::now(), busy_at_start: Duration::ZERO, idle_windows: 0 }
     }
 }
 
-/// CPU time of this thread.
-fn thread_cpu_time() -> Duration {
+/// How long this thread has executed or wanted to: on a busy host a busy guest gets little CPU time.
+fn busy_time() -> Duration {
+    let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let mut numbers = schedstat.split_ascii_whitespace().map_while(|word| word.parse::<u64>().ok());
+    if let (Some(executed), Some(waited)) = (numbers.next(), numbers.next()) {
+        return Duration::from_nanos(executed.saturating_add(waited));
+    }
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: fills the structure it is given; the clock always exists for the calling thread.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
@@ -49,12 +54,12 @@ impl Cpu {
         let now = Instant::now();
         let elapsed = now - self.idle_watch.window_start;
         if elapsed >= WINDOW {
-            let cpu = thread_cpu_time();
-            let used = cpu.saturating_sub(self.idle_watch.cpu_at_start);
+            let busy = busy_time();
+            let used = busy.saturating_sub(self.idle_watch.busy_at_start);
             let windows = (elapsed.as_secs() as u32).clamp(1, IDLE_WINDOWS);
             let idle = used * IDLE_SHARE < elapsed;
             let so_far = if idle { self.idle_watch.idle_windows.saturating_add(windows) } else { 0 };
-            self.idle_watch = IdleWatch { window_start: now, cpu_at_start: cpu, idle_windows: so_far };
+            self.idle_watch = IdleWatch { window_start: now, busy_at_start: busy, idle_windows: so_far };
             self.shared.idle.store(so_far >= IDLE_WINDOWS, Ordering::SeqCst);
         }
         if self.shared.idle.load(Ordering::SeqCst) {

@@ -13,6 +13,7 @@
 //! addresses, `exec/` are the helpers and the delivery of exceptions, `run.rs` is the loop around it all.
 
 mod code;
+mod counters;
 mod cpu;
 mod exec;
 mod fault;
@@ -58,8 +59,8 @@ pub struct SoftOptions {
     pub vcpus: u8,
 }
 
-/// Optimisations that the environment variable `BERTH_SOFT` switches off, a comma-separated list; for finding
-/// errors and measuring.
+/// What the environment variable `BERTH_SOFT` switches, a comma-separated list: optimisations off, for finding errors
+/// and measuring, and help for profilers on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DebugFlags {
     /// `nochain`: every block returns to the run loop.
@@ -74,6 +75,16 @@ pub(crate) struct DebugFlags {
     pub no_dead_flags: bool,
     /// `nodirect`: the address of every memory operand is computed before its check.
     pub no_direct: bool,
+    /// `nosuper`: every conditional jump ends its block.
+    pub no_super: bool,
+    /// `noinplace`: registers in the state block are always loaded and stored.
+    pub no_in_place: bool,
+    /// `noslotrate`: accesses give their slot up after many misses, however rare these are.
+    pub no_slot_rate: bool,
+    /// `nounshare`: accesses to the stack share slots for ever.
+    pub no_unshare: bool,
+    /// `perfmap`: the names of all blocks go to /tmp/perf-PID.map, for `perf`.
+    pub perf_map: bool,
     /// `notrim`: translated code is kept while the VM is idle.
     pub no_trim: bool,
     /// `nogiveway`: a vCPU that waits in a loop never gives way to others.
@@ -81,7 +92,7 @@ pub(crate) struct DebugFlags {
 }
 
 impl DebugFlags {
-    const KNOWN: &str = "nochain, notlb, noslots, nocalls, nodead, nodirect and notrim";
+    const KNOWN: &str = "nochain, notlb, noslots, nocalls, nodead, nodirect, nosuper, noinplace, noslotrate, nounshare, notrim, nogiveway and perfmap";
 
     fn from_env() -> Self {
         let value = std::env::var("BERTH_SOFT").unwrap_or_default();
@@ -94,6 +105,11 @@ impl DebugFlags {
                 "nocalls" => flags.no_calls = true,
                 "nodead" => flags.no_dead_flags = true,
                 "nodirect" => flags.no_direct = true,
+                "nosuper" => flags.no_super = true,
+                "noinplace" => flags.no_in_place = true,
+                "noslotrate" => flags.no_slot_rate = true,
+                "nounshare" => flags.no_unshare = true,
+                "perfmap" => flags.perf_map = true,
                 "notrim" => flags.no_trim = true,
                 "nogiveway" => flags.no_give_way = true,
                 other => {
@@ -116,7 +132,13 @@ impl SoftEngine {
     /// # Errors
     /// [`EngineError::Host`] when the host has no memory for the code cache.
     pub fn new(memory: GuestMemory, options: SoftOptions) -> Result<Self, EngineError> {
-        Ok(Self { vm: Arc::new(vm::Vm::new(memory, &options)?) })
+        let vm = vm::Vm::new(memory, &options)?;
+        if vm.debug.perf_map
+            && let Err(error) = vm.cache.start_perf_map()
+        {
+            tracing::warn!("BERTH_SOFT=perfmap: no names for perf: {error}");
+        }
+        Ok(Self { vm: Arc::new(vm) })
     }
 
     /// Counters of the code cache.
@@ -127,7 +149,7 @@ impl SoftEngine {
 
 impl Drop for SoftEngine {
     fn drop(&mut self) {
-        tracing::debug!("code cache: {:?}", self.cache_stats());
+        tracing::debug!("counters: {:?}", self.counters());
     }
 }
 
@@ -153,6 +175,10 @@ impl Engine for SoftEngine {
         let cpu = cpu::Cpu::new(Arc::clone(&self.vm), id, apic);
         self.vm.add_vcpu(Arc::clone(&cpu.shared));
         Ok(Box::new(cpu))
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        counters::list(&self.vm)
     }
 
     fn skip_time(&self, time: StoodStill) {

@@ -48,7 +48,6 @@ impl Cpu {
             Err(error) => Exit::Failed { detail: format!("the host refused a signal stack: {error}") },
         };
         self.bus = None;
-        tracing::debug!("vCPU {}: {}", self.id, self.counters);
         exit
     }
 
@@ -98,7 +97,7 @@ impl Cpu {
     pub(crate) fn exec_in_block(&mut self, helped: &Helped) -> bool {
         let insn = &helped.insn;
         self.s.rip = insn.ip();
-        self.counters.helpers[insn.mnemonic() as usize] += 1;
+        self.counters().helped(insn.mnemonic());
         let mode = self.s.mode;
         let result = match helped.unavailable {
             None => crate::exec::execute(self, insn),
@@ -143,6 +142,7 @@ impl Cpu {
             }
             if self.shared.is_called() {
                 let asked = self.shared.take_requests();
+                self.counters().requests.add(1);
                 if asked & request::PAUSE != 0 {
                     execution = None;
                     vm.give_way();
@@ -251,6 +251,7 @@ impl Cpu {
         if halted && pv::take_unhalt(self) {
             self.mp_state = MpState::Runnable;
         } else if !(self.apic.has_event() || halted && self.interrupt_wakes()) {
+            self.counters().waits.add(1);
             let again = self.before_idle();
             self.shared.park(again);
         }
@@ -291,8 +292,8 @@ impl Cpu {
         }
         if let Some(vector) = self.apic.acknowledge() {
             self.mp_state = MpState::Runnable;
-            self.counters.interrupts += 1;
-            if self.counters.interrupts.is_multiple_of(MISSES_HALVED_EVERY) {
+            self.counters().interrupts.add(1);
+            if self.counters().interrupts.get().is_multiple_of(MISSES_HALVED_EVERY) {
                 self.s.slots.forget_misses();
             }
             pv::offer_eoi(self, vector);
@@ -321,6 +322,9 @@ impl Cpu {
     }
 
     fn deliver_event(&mut self, event: Event) {
+        if matches!(event, Event::Fault(_)) {
+            self.counters().exceptions.add(1);
+        }
         if let Err(triple) = deliver(self, event) {
             self.fatal.get_or_insert(Exit::TripleFault { detail: triple.detail });
         }
@@ -387,9 +391,8 @@ impl Cpu {
 
     /// Handles the reason for leaving. Returns whether the last instruction was completed (no exception).
     fn after_code(&mut self) -> bool {
-        if let Some(n) = self.counters.exits.get_mut(self.s.exit_reason as usize) {
-            *n += 1;
-        }
+        self.counters().left(self.s.exit_reason);
+        self.counters().slot_misses.set(self.s.slot_misses);
         match self.s.exit_reason {
             reason::LOOKUP if self.s.is_64bit() && !crate::memory::is_canonical(self.s.rip) => {
                 self.undo_branch();

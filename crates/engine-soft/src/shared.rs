@@ -11,6 +11,7 @@ use std::time::Instant;
 use berth_engine::VcpuHandle;
 use parking_lot::{Condvar, Mutex};
 
+use crate::counters::Counters;
 use crate::seat::{CpuClock, Seat};
 use crate::state::State;
 
@@ -52,6 +53,8 @@ pub struct VcpuShared {
     pub(crate) idle: AtomicBool,
     /// The thread that runs the vCPU.
     pub(crate) seat: Seat,
+    /// What it has done so far.
+    pub(crate) counters: Counters,
 }
 
 // SAFETY: other threads only touch `block.poll`, which is atomic, and the fields made for sharing; the state
@@ -78,6 +81,7 @@ impl VcpuShared {
             sweep: Mutex::new(Vec::new()),
             idle: AtomicBool::new(false),
             seat: Seat::default(),
+            counters: Counters::default(),
         });
         shared.poll().store((&raw const READABLE).cast_mut(), Ordering::SeqCst);
         let state = StateRef { block, _owner: Arc::clone(&shared) };

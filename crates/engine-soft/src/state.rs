@@ -99,6 +99,8 @@ pub struct State {
     pub exit_value: u64,
     /// Address of the indirect branch that last missed the jump cache.
     pub branch: u64,
+    /// Calls of the refill stubs.
+    pub slot_misses: u64,
     /// Segment registers in encoding order.
     pub segments: [Segment; 6],
     /// Guest vector registers while Rust code runs (the low 16 bytes are XMM).

@@ -15,7 +15,7 @@ use crate::code::cache::CodeCache;
 use crate::exec::features::FeatureSet;
 use crate::exec::pv::PvShared;
 use crate::memory::HostMap;
-use crate::memory::slots::{SlotNumbers, Slotless};
+use crate::memory::slots::{Sites, SlotNumbers};
 use crate::seat::somebody_stands_still;
 use crate::shared::{VcpuShared, request};
 
@@ -46,7 +46,9 @@ pub struct Vm {
     /// Slots for the memory accesses that are translated next.
     pub(crate) slot_numbers: SlotNumbers,
     /// Memory accesses that get none.
-    pub(crate) slotless: Slotless,
+    pub(crate) slotless: Sites,
+    /// Accesses to the stack that get a slot of their own.
+    pub(crate) unshared: Sites,
     list: RwLock<Vec<Arc<VcpuShared>>>,
     /// Held for reading by every vCPU that may be inside translated code; for writing by one that must be
     /// alone.
@@ -81,7 +83,8 @@ impl Vm {
             cache: CodeCache::new(options.code_cache_bytes)
                 .map_err(|source| EngineError::Host { what: "memory for the code cache", source })?,
             slot_numbers: SlotNumbers::default(),
-            slotless: Slotless::new(),
+            slotless: Sites::new(),
+            unshared: Sites::new(),
             list: RwLock::new(Vec::new()),
             execution: RwLock::new(()),
             exclusion: Mutex::new(()),
@@ -116,6 +119,11 @@ impl Vm {
     pub(crate) fn lacks_a_cpu(&self, index: usize) -> bool {
         let clock = self.vcpu(index).and_then(|vcpu| vcpu.wants_a_cpu());
         !self.debug.no_give_way && clock.is_some_and(|clock| somebody_stands_still(&[clock]))
+    }
+
+    /// All vCPUs.
+    pub(crate) fn vcpu_list(&self) -> Vec<Arc<VcpuShared>> {
+        self.list.read().clone()
     }
 
     fn request_others(&self, me: VcpuId, bits: u32) {
@@ -201,6 +209,7 @@ impl Vm {
     pub(crate) fn drop_translations(&self) {
         self.cache.evict_all(|page| self.code_pages.unmark(page));
         self.slotless.clear();
+        self.unshared.clear();
     }
 
     /// Drops translations made from `len` bytes at `start`, which were just written.

@@ -239,6 +239,9 @@ pub trait Engine: Send + Sync {
     /// [`EngineError::Host`] when the host has no resources for it.
     fn create_vcpu(&self, id: VcpuId, apic: Option<Arc<dyn LocalApic>>)
     -> Result<Box<dyn Vcpu>, EngineError>;
+    /// What the engine counted since it was made, for those who look for where its time goes: names in lower case, a dot
+    /// between group and member, in an order for people. Which there are depends on the engine; none is possible.
+    fn counters(&self) -> Vec<(String, u64)>;
     /// The VM stood still for `time`: its paravirtual clock goes on as if that time had not been. No vCPU is running;
     /// each of them is told too ([`Vcpu::skip_time`]).
     fn skip_time(&self, time: StoodStill);

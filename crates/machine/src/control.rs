@@ -7,6 +7,7 @@ use std::time::Duration;
 use berth_devices::virtio::balloon::{Balloon, BalloonStatus};
 use berth_devices::virtio::block::{BlockCounters, BlockError};
 use berth_devices::virtio::net::NetCounters;
+use berth_engine::Engine;
 use berth_memory::{Evicted, GuestMemory};
 
 use crate::board::Board;
@@ -28,7 +29,7 @@ pub struct MachineControl {
     pub(crate) status: Arc<Status>,
     pub(crate) reclaimer: Arc<Reclaimer>,
     pub(crate) vm_name: Arc<str>,
-    pub(crate) physical_bits: u8,
+    pub(crate) engine: Arc<dyn Engine>,
     pub(crate) cpu_time: Arc<CpuTime>,
 }
 
@@ -44,7 +45,12 @@ impl MachineControl {
 
     /// Bits of guest physical addresses.
     pub fn physical_bits(&self) -> u8 {
-        self.physical_bits
+        self.engine.physical_bits()
+    }
+
+    /// What the engine counted since the machine was made; [`Engine::counters`] says how they are named.
+    pub fn engine_counters(&self) -> Vec<(String, u64)> {
+        self.engine.counters()
     }
 
     /// Changes how much CPU time the VM gets: its weight (1 to 10000, 100 is usual), its limit (`Some(None)`: none any

@@ -148,7 +148,6 @@ impl Machine {
                 .map_err(|source| MachineError::Thread { what: format!("vCPU {id}"), source })?;
             vcpus.push(thread);
         }
-        let physical_bits = engine.physical_bits();
         let reclaimer = Reclaimer::new(&config, memory.clone(), engine.clone());
         reclaimer
             .keep_limit()
@@ -157,7 +156,7 @@ impl Machine {
             vcpus,
             events,
             board: board.clone(),
-            engine,
+            engine: engine.clone(),
             memory: memory.clone(),
             source,
             platform,
@@ -167,16 +166,8 @@ impl Machine {
         });
         let cpu_time = Arc::new(CpuTime::new(&config.name, gate, handles));
         let vm_name = config.name.as_str().into();
-        let control = MachineControl {
-            events: sender,
-            board,
-            memory,
-            status,
-            reclaimer,
-            vm_name,
-            physical_bits,
-            cpu_time,
-        };
+        let control =
+            MachineControl { events: sender, board, memory, status, reclaimer, vm_name, engine, cpu_time };
         Ok(Self { name: config.name, control, life: Life::Made(Box::new(supervisor)) })
     }
 

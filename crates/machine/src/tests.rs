@@ -130,6 +130,10 @@ impl Engine for ScriptEngine {
             script: self.script.clone(),
         }))
     }
+    fn counters(&self) -> Vec<(String, u64)> {
+        vec![("code.blocks".to_owned(), 7)]
+    }
+
     fn skip_time(&self, _time: StoodStill) {}
     fn memory_written(&self, _start: GuestPhysAddr, _len: u64) {}
     fn add_doorbell(&self, _addr: GuestPhysAddr, _event: &EventFd) -> bool {

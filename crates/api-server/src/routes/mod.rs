@@ -44,6 +44,7 @@ fn router() -> OpenApiRouter<Arc<Shared>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(vm::info))
         .routes(routes!(vm::stats))
+        .routes(routes!(vm::engine))
         .routes(routes!(control::pause))
         .routes(routes!(control::resume))
         .routes(routes!(control::reset))

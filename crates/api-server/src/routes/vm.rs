@@ -6,7 +6,8 @@ use std::time::SystemTime;
 use axum::Json;
 use axum::extract::State;
 use berth_api::types::{
-    BalloonStats, DiskStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats, VcpuStats, VmInfo, VmStats,
+    BalloonStats, DiskStats, EngineCounter, EngineStats, GuestMemoryStats, MemoryStats, NetStats, StoreStats,
+    VcpuStats, VmInfo, VmStats,
 };
 use berth_machine::{MachineControl, MachineState, NetCounters};
 
@@ -23,6 +24,16 @@ pub async fn info(State(shared): State<Arc<Shared>>) -> Json<VmInfo> {
 #[utoipa::path(get, path = "/stats", tag = "vm", responses((status = 200, body = VmStats)))]
 pub async fn stats(State(shared): State<Arc<Shared>>) -> Json<VmStats> {
     Json(measure(&shared))
+}
+
+/// What the engine counted
+#[utoipa::path(get, path = "/engine", tag = "vm", responses((status = 200, body = EngineStats)))]
+pub async fn engine(State(shared): State<Arc<Shared>>) -> Json<EngineStats> {
+    let counters = shared.vm.control.engine_counters();
+    Json(EngineStats {
+        engine: shared.vm.description.engine.clone(),
+        counters: counters.into_iter().map(|(name, value)| EngineCounter { name, value }).collect(),
+    })
 }
 
 /// The guest's memory, and the process's.

@@ -29,6 +29,25 @@ pub struct VmStats {
     pub nets: Vec<NetStats>,
 }
 
+/// What the engine counted since the VM's process started: the ground to explain its speed from. Which counters there
+/// are may change with every version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EngineStats {
+    /// The engine.
+    pub engine: String,
+    /// In an order for people. Empty with an engine that counts nothing.
+    pub counters: Vec<EngineCounter>,
+}
+
+/// One of the engine's counters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EngineCounter {
+    /// Group and member, with a dot between them; with the unit at the end if it has one.
+    pub name: String,
+    /// Its value.
+    pub value: u64,
+}
+
 /// A vCPU and its thread.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct VcpuStats {

@@ -4,11 +4,12 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use berth_api::types::{Event, EventKind, VmStats};
-use berth_api::{Client, Vms};
+use berth_api::types::{EngineStats, Event, EventKind, VmStats};
+use berth_api::{Client, ClientError, Vms};
 use berth_image::Name;
 use berth_machine::options::size;
 use clap::Args;
+use serde::Serialize;
 use serde_json::json;
 
 use super::{LiveVm, OneName, VmsError};
@@ -25,6 +26,9 @@ pub struct StatsArguments {
     /// Seconds between two measurements
     #[arg(short, long, value_name = "SECONDS", default_value_t = 1.0, requires = "follow", value_parser = parse_interval)]
     interval: f64,
+    /// What the engine counted, which explains its speed
+    #[arg(long)]
+    engine: bool,
     /// As JSON, for programs: one line each time
     #[arg(long)]
     json: bool,
@@ -77,11 +81,23 @@ pub fn inspect(names: &[Name]) -> Result<ExitCode, VmsError> {
 
 /// `berth stats`.
 pub fn stats(arguments: &StatsArguments) -> Result<ExitCode, VmsError> {
+    match arguments.engine {
+        true => watch(arguments, Client::engine, show_engine),
+        false => watch(arguments, Client::stats, show),
+    }
+}
+
+/// Asks the VM and prints the answer, once or again and again. `show` is given the answer before, too.
+fn watch<T: Serialize>(
+    arguments: &StatsArguments,
+    ask: impl Fn(&Client) -> Result<T, ClientError>,
+    show: impl Fn(&T, Option<&T>) -> String,
+) -> Result<ExitCode, VmsError> {
     let vm = LiveVm::find(&arguments.name.name)?;
-    let mut before: Option<VmStats> = None;
+    let mut before: Option<T> = None;
     loop {
         let began = Instant::now();
-        let stats = match vm.ask(Client::stats) {
+        let stats = match vm.ask(&ask) {
             // It has ended meanwhile.
             Err(_) if before.is_some() && !vm.directory().is_alive() => return Ok(ExitCode::SUCCESS),
             result => result?,
@@ -97,6 +113,24 @@ pub fn stats(arguments: &StatsArguments) -> Result<ExitCode, VmsError> {
         before = Some(stats);
         std::thread::sleep(Duration::from_secs_f64(arguments.interval).saturating_sub(began.elapsed()));
     }
+}
+
+/// The engine's counters, each with what came since the measurement before; all that are not 0.
+fn show_engine(stats: &EngineStats, before: Option<&EngineStats>) -> String {
+    if stats.counters.is_empty() {
+        return format!("the engine {} counts nothing\n", stats.engine);
+    }
+    let mut text = String::new();
+    for counter in stats.counters.iter().filter(|c| c.value > 0) {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{:32} {:>16}", counter.name, counter.value);
+        if let Some(before) = before {
+            let was = before.counters.iter().find(|c| c.name == counter.name).map_or(0, |c| c.value);
+            let _ = write!(text, " {:>+16}", i128::from(counter.value) - i128::from(was));
+        }
+        text.push('\n');
+    }
+    text
 }
 
 /// Shares of CPUs are since the measurement before, else since the start.

@@ -23,6 +23,7 @@ use parking_lot::RwLock;
 use super::asm::Asm;
 use super::block::{Block, Draft, Found, Helped, SiteKind};
 use super::memory::CodeMemory;
+use super::perf_map::PerfMap;
 use super::stubs::{self, Stubs};
 use crate::mode::Mode;
 
@@ -77,6 +78,7 @@ struct Inner {
     #[expect(clippy::vec_box, reason = "the code has their addresses")]
     instructions: Vec<Box<Helped>>,
     stats: CacheStats,
+    perf_map: Option<PerfMap>,
 }
 
 fn hash(key: &Key) -> u64 {
@@ -178,6 +180,14 @@ impl CodeCache {
         Ok(Self { memory, stubs, stubs_end, inner, epoch: AtomicU64::new(0) })
     }
 
+    /// From now on all blocks are named for `perf`.
+    pub(crate) fn start_perf_map(&self) -> io::Result<()> {
+        let mut map = PerfMap::create()?;
+        map.name(self.memory.address(0), self.stubs_end, "stubs")?;
+        self.inner.write().perf_map = Some(map);
+        Ok(())
+    }
+
     pub(crate) fn epoch(&self) -> u64 {
         self.epoch.load(Ordering::Acquire)
     }
@@ -237,6 +247,12 @@ impl CodeCache {
         inner.stats.host_bytes += u64::from(len);
         inner.stats.guest_bytes += draft.source.len() as u64;
 
+        if let Some(map) = &mut inner.perf_map
+            && let Err(error) = map.name_block(self.memory.address(start), len, &key)
+        {
+            tracing::warn!("the names of blocks for perf end here: {error}");
+            inner.perf_map = None;
+        }
         let id = inner.blocks.len() as u32;
         inner.pages.entry(key.gpa >> 12).or_default().push(id);
         if let Some(second) = draft.second_page {
@@ -390,8 +406,8 @@ impl CodeCache {
         for &page in inner.pages.keys() {
             unmark(GuestPhysAddr(page << 12));
         }
-        let stats = inner.stats;
-        *inner = Inner { next: self.stubs_end, stats, ..Inner::default() };
+        let (stats, perf_map) = (inner.stats, inner.perf_map.take());
+        *inner = Inner { next: self.stubs_end, stats, perf_map, ..Inner::default() };
         inner.stats.evictions += 1;
         self.memory.discard_from(self.stubs_end);
         self.epoch.fetch_add(1, Ordering::AcqRel);

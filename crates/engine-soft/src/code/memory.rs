@@ -1,7 +1,7 @@
-//! The memory of the code cache: one memfd mapped twice, once writable and once executable, never both.
+//! The memory of the code cache: shared anonymous memory mapped twice, once writable and once executable, never both.
+//! Profilers take it for code without a file, whose names they look up (`perf_map.rs`).
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// Executable memory of a fixed size, written through a second mapping.
@@ -25,33 +25,28 @@ unsafe impl Sync for CodeMemory {}
 impl CodeMemory {
     /// Maps `size` bytes (a multiple of 4096). Nothing is resident before it is written.
     pub(crate) fn new(size: usize) -> io::Result<Self> {
-        // SAFETY: the name is a valid C string; the result is checked.
-        let fd = unsafe { libc::memfd_create(c"berth-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: `fd` is a new descriptor that nothing else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: plain system call on our descriptor; the result is checked.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let map = |protection| {
-            // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
-            let p = unsafe {
-                libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
-            };
-            if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast::<u8>()) }
+        let check = |p: *mut libc::c_void| {
+            if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p) }
         };
-        let write = map(libc::PROT_READ | libc::PROT_WRITE)?;
-        let exec = match map(libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(p) => p as u64,
-            Err(e) => {
-                // SAFETY: the mapping was just made and nothing refers to it.
-                unsafe { libc::munmap(write.cast(), size) };
-                return Err(e);
-            }
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address that the kernel chooses; the result is checked.
+        let write = check(unsafe {
+            libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        })?;
+        let unmap = |p, error| {
+            // SAFETY: the mapping was just made and nothing refers to it.
+            unsafe { libc::munmap(p, size) };
+            error
         };
+        // SAFETY: an old size of 0 makes a second mapping of the same shared pages (mremap(2)); checked.
+        let exec = check(unsafe { libc::mremap(write, 0, size, libc::MREMAP_MAYMOVE) })
+            .map_err(|error| unmap(write, error))?;
+        // SAFETY: the whole of our own new mapping, which nothing has used yet.
+        if unsafe { libc::mprotect(exec, size, libc::PROT_READ | libc::PROT_EXEC) } != 0 {
+            let error = io::Error::last_os_error();
+            return Err(unmap(write, unmap(exec, error)));
+        }
+        let (write, exec) = (write.cast(), exec as u64);
         Ok(Self { write, exec, size, written: AtomicUsize::new(0) })
     }
 
@@ -77,7 +72,7 @@ impl CodeMemory {
         unsafe { self.write.add(offset as usize).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
         if self.written.fetch_add(code.len(), Ordering::Relaxed) + code.len() > RELEASE_AFTER {
             self.written.store(0, Ordering::Relaxed);
-            // The pages stay in the memfd and in the executable mapping; only this mapping's view of them goes,
+            // The pages stay in the shared memory and in the executable mapping; only this mapping's view of them goes,
             // so that they do not count twice as resident.
             // SAFETY: advice on our own shared mapping, whose contents it does not change; writers on other
             // threads fault their page in again.
@@ -112,7 +107,7 @@ impl CodeMemory {
     pub(crate) fn discard_from(&self, offset: u32) {
         let start = (offset as usize).next_multiple_of(4096);
         if start < self.size {
-            // SAFETY: inside our own mapping of a memfd; its pages read as zero afterwards. MADV_REMOVE failing
+            // SAFETY: inside our own mapping of shared memory; its pages read as zero afterwards. MADV_REMOVE failing
             // is harmless: the memory stays resident.
             unsafe { libc::madvise(self.write.add(start).cast(), self.size - start, libc::MADV_REMOVE) };
         }

@@ -12,6 +12,7 @@ pub(crate) mod block;
 pub(crate) mod cache;
 pub mod calls;
 pub(crate) mod memory;
+mod perf_map;
 pub(crate) mod regs;
 pub(crate) mod signal;
 pub(crate) mod stubs;

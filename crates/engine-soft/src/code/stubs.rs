@@ -183,6 +183,7 @@ fn emit_refill(a: &mut Asm, table: TlbTable) {
     let pages = gs!(slots.pages) + (table.index() * TLB_ENTRIES) as i32;
     let used = gs!(slots.used) + (table.index() * ((SLOTS * size_of::<Slot>()) >> GROUP_SHIFT)) as i32;
     let absent = a.label();
+    a.mem(&[], true, &[0xff], 0, Mem::Gs(gs!(slot_misses))); // inc
     for reg in [RAX, RCX, RDX] {
         push(a, reg);
     }

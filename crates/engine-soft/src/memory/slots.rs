@@ -10,8 +10,9 @@
 //! slots for everything.
 //!
 //! Slots are handed out in the order of translation and shared when there are more accesses than slots; the tag
-//! decides, so sharing costs misses and is never wrong. An access that misses often (a walk through a table, a hash)
-//! is translated again without a slot: see [`Cpu::give_slot_up`].
+//! decides, so sharing costs misses and is never wrong. An access to the user's stack that misses often, because its
+//! frame lies in two pages, is translated again with a slot of its own. Another access that misses often (a walk through
+//! a table, a hash) is translated again without a slot, if misses take a share of the time: see [`Cpu::give_slot_up`].
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -135,11 +136,11 @@ impl SlotNumbers {
     }
 }
 
-/// Accesses that have no slot, by the guest physical address of their instruction. It may claim to have what it has
-/// not.
-pub(crate) struct Slotless(Box<[AtomicU64]>);
+/// Accesses of which something was learnt, by the guest physical address of their instruction. It may claim to have
+/// what it has not.
+pub(crate) struct Sites(Box<[AtomicU64]>);
 
-impl Slotless {
+impl Sites {
     const WORDS: usize = 1024;
 
     pub(crate) fn new() -> Self {
@@ -161,13 +162,41 @@ impl Slotless {
         word.fetch_or(bit, Ordering::Relaxed);
     }
 
-    /// Gives every access its slot again.
+    /// Forgets all.
     pub(crate) fn clear(&self) {
         self.0.iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 }
 
+/// What is known of how often slots miss.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct MissRate {
+    /// Time-stamp counter and number of misses when it was last measured.
+    ticks: u64,
+    misses: u64,
+    rare: bool,
+}
+
+/// The rate is measured over so many misses at least.
+const MEASURED_MISSES: u64 = 1024;
+/// With so many ticks from one miss to the next, a search at every access would cost more than the misses do: one takes
+/// some 40.
+const RARE_MISS_TICKS: u64 = 300;
+
 impl Cpu {
+    /// Whether all slots together miss so seldom that it is not worth while to do without one. A walk through memory from
+    /// one end to the other misses at every page, but hits hundreds of times in between.
+    fn slot_misses_are_rare(&mut self) -> bool {
+        let (ticks, misses) = (crate::host::ticks(), self.s.slot_misses);
+        let rate = &mut self.miss_rate;
+        let new = misses.wrapping_sub(rate.misses);
+        if new >= MEASURED_MISSES {
+            let rare = ticks.saturating_sub(rate.ticks) / new > RARE_MISS_TICKS;
+            *rate = MissRate { ticks, misses, rare };
+        }
+        rate.rare
+    }
+
     /// Called for a miss of slot `number`: if it missed many times, has the instruction at RIP translated
     /// without it.
     pub(crate) fn give_slot_up(&mut self, table: TlbTable, number: usize) {
@@ -176,7 +205,8 @@ impl Cpu {
             return;
         }
         *misses = NO_MISSES;
-        if number < STACK_SLOTS {
+        let shared = number < STACK_SLOTS;
+        if shared && (self.s.mode.cpl() < 3 || self.vm.debug.no_unshare) {
             return;
         }
         // The instruction was fetched, so this is a lookup.
@@ -184,8 +214,11 @@ impl Cpu {
             return;
         };
         let instruction = GuestPhysAddr(t.gpa | self.s.rip & ((1 << PAGE_SHIFT) - 1));
-        self.counters.slots_given_up += 1;
-        self.vm.slotless.add(instruction);
+        if !shared && !self.vm.debug.no_slot_rate && self.slot_misses_are_rare() {
+            return;
+        }
+        self.counters().slots_given_up.add(1);
+        if shared { &self.vm.unshared } else { &self.vm.slotless }.add(instruction);
         // The running block stays as it is until it is left; jumps to it find the new one.
         self.vm.cache.invalidate(instruction, 1);
     }
@@ -197,7 +230,7 @@ mod tests {
 
     #[test]
     fn instructions_without_a_slot_are_remembered() {
-        let slotless = Slotless::new();
+        let slotless = Sites::new();
         assert!(!slotless.has(GuestPhysAddr(0x1234)));
         slotless.add(GuestPhysAddr(0x1234));
         assert!(slotless.has(GuestPhysAddr(0x1234)));

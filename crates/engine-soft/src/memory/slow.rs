@@ -95,7 +95,7 @@ impl Cpu {
     }
 
     fn slow_linear(&mut self, lin: u64, size: usize, kind: Kind, checks: bool) -> Guest<Place> {
-        self.counters.slow_accesses += 1;
+        self.counters().slow_accesses.add(1);
         let mode = self.s.mode;
         if checks && mode.has(Mode::ALIGN) && lin & (alignment(size) - 1) != 0 {
             return Err(Fault::with_error(vector::AC, 0));

@@ -347,6 +347,12 @@ impl Cpu {
     /// Drops translations as INVLPG, INVPCID and writes to CR0, CR3 and CR4 ask for it (SDM volume 3, 4.10.4).
     pub fn flush_tlb(&mut self, what: Flush) {
         let current = self.pcid();
+        let kind = match what {
+            Flush::All | Flush::AllPcids { .. } => 0,
+            Flush::Pcid(_) => 1,
+            Flush::Page(_) | Flush::PcidPage(..) => 2,
+        };
+        self.counters().flushes[kind].add(1);
         match what {
             Flush::All | Flush::AllPcids { keep_global: false } => {
                 self.mem.pcid_generation.fill(0);
@@ -412,6 +418,7 @@ impl Cpu {
     /// The caller has checked the value; bit 63 is not part of it.
     pub fn set_cr3(&mut self, value: u64, keep: bool) {
         self.s.cr3 = value;
+        self.counters().flushes[1].add(u64::from(!keep));
         let pcid = self.pcid();
         if !keep {
             self.mem.pcid_generation[usize::from(pcid)] = 0;

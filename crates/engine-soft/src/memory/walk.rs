@@ -66,7 +66,7 @@ impl Cpu {
         {
             return Ok(t);
         }
-        self.counters.walks += 1;
+        self.counters().walks.add(1);
         let write = access == Access::Write;
         let t = match self.walk(lin, access, rights) {
             Ok(t) => t,

@@ -276,11 +276,12 @@ impl Emitter<'_> {
         }
         let by_rsp = insn.memory_base().full_register() == Register::RSP;
         let stack = by_rsp || insn.memory_base() == Register::None && insn.is_stack_instruction();
+        let own = !self.vm.debug.no_unshare && self.key.mode.cpl() == 3 && self.vm.unshared.has(instruction);
         if !stack && self.key.mode.cpl() < 3 {
             // Kernels work for one task after the other, each with pages of its own.
             return None;
         }
-        Some(self.vm.slot_numbers.next(table, insn.ip(), stack))
+        Some(self.vm.slot_numbers.next(table, insn.ip(), stack && !own))
     }
 
     /// r15 becomes what is added to the guest address to get the host's, if the slot has the page; to `miss` if not.

@@ -64,7 +64,7 @@ pub(crate) enum Class {
 }
 
 impl Class {
-    /// Whether the block ends with this instruction.
+    /// Whether the block ends with this instruction; it may go on after [`Class::JumpIf`].
     pub(crate) fn ends_block(self) -> bool {
         matches!(
             self,

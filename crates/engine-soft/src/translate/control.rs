@@ -147,8 +147,8 @@ impl Emitter<'_> {
         self.exit_to(insn.near_branch_target(), Some(insn.ip()));
     }
 
-    /// Jcc rel.
-    pub(super) fn jump_if(&mut self, insn: &Instruction) {
+    /// Jcc rel. `is_last`: the block ends with it.
+    pub(super) fn jump_if(&mut self, insn: &Instruction, is_last: bool) {
         self.flags.to_host(self.asm);
         let condition = insn.condition_code() as u8 - 1;
         // iced numbers the conditions in the order of their encoding, from 1.
@@ -173,7 +173,9 @@ impl Emitter<'_> {
             self.asm.set_cold(false);
         }
         self.flags = flags;
-        self.exit_to(self.next_rip(insn), None);
+        if is_last {
+            self.exit_to(self.next_rip(insn), None);
+        }
     }
 
     /// LOOP, LOOPE, LOOPNE, JCXZ and their wider forms.

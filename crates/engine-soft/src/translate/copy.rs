@@ -50,8 +50,10 @@ impl Emitter<'_> {
             if effect.needs_host() {
                 self.flags.to_host(self.asm);
             }
-            let plan = self.plan(insn, &[ADDR, R11], effect, false);
-            self.native(insn, &plan);
+            if may_raise(insn) || !self.in_place(insn) {
+                let plan = self.plan(insn, &[ADDR, R11], effect, false);
+                self.native(insn, &plan);
+            }
             self.after(effect);
             return;
         }

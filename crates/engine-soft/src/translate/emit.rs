@@ -104,7 +104,7 @@ impl<'a> Emitter<'a> {
                 self.window = window(list, at, &dead, &mut self.info, windows % 2);
                 windows += usize::from(self.window.is_some());
             }
-            self.instruction(insn, *class);
+            self.instruction(insn, *class, at + 1 == list.len());
         }
         let (last, class) = &list[list.len() - 1];
         if list.len() > 1 && list[list.len() - 2].1 == Class::Sti {
@@ -139,7 +139,7 @@ impl<'a> Emitter<'a> {
         next_rip(insn, self.key.mode.bitness())
     }
 
-    fn instruction(&mut self, insn: &Instruction, class: Class) {
+    fn instruction(&mut self, insn: &Instruction, class: Class, is_last: bool) {
         match class {
             Class::Copy => self.copy(insn),
             Class::Nop => {}
@@ -150,7 +150,7 @@ impl<'a> Emitter<'a> {
             Class::Pop => self.pop(insn),
             Class::Leave => self.leave(insn),
             Class::Jump => self.jump(insn),
-            Class::JumpIf => self.jump_if(insn),
+            Class::JumpIf => self.jump_if(insn, is_last),
             Class::JumpCounter => self.jump_counter(insn),
             Class::Call => self.call(insn),
             Class::CallIndirect => self.call_indirect(insn),

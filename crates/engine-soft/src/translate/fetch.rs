@@ -59,7 +59,12 @@ impl Cpu {
         }
         let found = match found {
             Some(found) => found,
-            None => self.translate_block(key)?,
+            None => {
+                let began = crate::host::ticks();
+                let made = self.translate_block(key);
+                self.counters().translation_ticks.add(crate::host::ticks() - began);
+                made?
+            }
         };
         if chained(mode) {
             self.note_code_page(lin, t.global);
@@ -181,12 +186,22 @@ impl Cpu {
                 Err(fault) => Class::Unavailable(fault),
             };
             list.push((insn, class));
-            if class.ends_block() || list.len() > 1 && list[list.len() - 2].1 == Class::Sti {
+            let ends = class.ends_block() && !(class == Class::JumpIf && self.goes_on_after(&insn, mode));
+            if ends || list.len() > 1 && list[list.len() - 2].1 == Class::Sti {
                 break;
             }
         }
         end_after_sti(&mut list);
         list
+    }
+
+    /// Whether a block goes on after a conditional jump that is not taken: then neither a jump nor a new place for the
+    /// flags is needed there. Not after the end of a loop, which is seldom where the time goes.
+    fn goes_on_after(&self, jump: &Instruction, mode: Mode) -> bool {
+        chained(mode)
+            && !self.vm.debug.no_super
+            && !self.vm.debug.no_chain
+            && jump.near_branch_target() > jump.ip()
     }
 
     /// Whether the CPU model has the instruction and the mode lets it execute.

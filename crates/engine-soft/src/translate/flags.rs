@@ -65,7 +65,11 @@ fn may_leave_flags(insn: &Instruction) -> bool {
     }
     let last = insn.op_count() - 1;
     match insn.op_kind(last) {
-        OpKind::Immediate8 => insn.immediate8() & 0x1f == 0,
+        OpKind::Immediate8 => {
+            let mask =
+                if insn.op0_register().is_gpr64() || insn.memory_size().size() == 8 { 0x3f } else { 0x1f };
+            insn.immediate8() & mask == 0
+        }
         OpKind::Register => insn.op_register(last) == Register::CL,
         _ => true,
     }

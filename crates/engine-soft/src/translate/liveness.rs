@@ -162,11 +162,19 @@ pub(super) fn window(
     set: usize,
 ) -> Option<Window> {
     let insn = &list[at].0;
-    if !*dead.get(at + 1)? || list[at].1 != Class::Copy || Effect::of(insn) != Effect::Produce {
+    if list[at].1 != Class::Copy || Effect::of(insn) != Effect::Produce {
         return None;
     }
+    // What reads the flags before they are dead finds them in the host's.
+    let mut from = at + 1;
+    while !*dead.get(from)? {
+        if !leaves_host_flags(&list[from]) {
+            return None;
+        }
+        from += 1;
+    }
     let kills = |(i, c): &(Instruction, Class)| *c == Class::Copy && Effect::of(i) == Effect::Produce;
-    let end = at + 1 + list[at + 1..].iter().position(kills)?;
+    let end = from + list[from..].iter().position(kills)?;
     let accesses = |(i, c): &(Instruction, Class)| {
         matches!(c, Class::Push | Class::Pop | Class::Leave) || *c == Class::Copy && has_memory(i)
     };
@@ -180,6 +188,15 @@ pub(super) fn window(
         }
     }
     recover(insn, changed, set * 2)
+}
+
+/// Whether the host's flags are still the guest's after it, if they were before, and it changes none.
+fn leaves_host_flags((insn, class): &(Instruction, Class)) -> bool {
+    match class {
+        Class::Lea | Class::Nop | Class::JumpIf => true,
+        Class::Copy => !has_memory(insn) && matches!(Effect::of(insn), Effect::None | Effect::Consume),
+        _ => false,
+    }
 }
 
 fn recover(insn: &Instruction, changed: u32, places: usize) -> Option<Window> {
@@ -286,6 +303,15 @@ mod tests {
         let window = found[0].expect("the flags are dead");
         assert_eq!(window.spill, [Some((0, 0)), Some((2, 1))]);
         assert_eq!(window.recover.again, Again::Alu(5));
+    }
+
+    #[test]
+    fn flags_are_dead_behind_the_jump_that_read_them() {
+        // cmp %rdx, %rcx; je .+0x20; mov (%rdi), %rdx; test %rdx, %rdx
+        let found = windows(&[0x48, 0x39, 0xd1, 0x74, 0x1e, 0x48, 0x8b, 0x17, 0x48, 0x85, 0xd2]);
+        let window = found[0].expect("the load comes after their only use");
+        assert_eq!(window.spill, [None; 2]);
+        assert_eq!(window.recover.again, Again::Alu(7));
     }
 
     #[test]

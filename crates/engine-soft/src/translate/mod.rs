@@ -3,6 +3,7 @@
 //! ```text
 //!   fetch.rs ─bytes─► decode ─instructions─► class.rs ─class of each─► emit.rs ─► Draft ─► code::cache
 //!                                                                       ├ copy.rs     ordinary instructions
+//!                                                                       ├ in_place.rs  … on registers in the state block
 //!                                                                       ├ access.rs   memory operands
 //!                                                                       ├ control.rs  jumps and exits
 //!                                                                       ├ stack.rs    push, pop, call, ret
@@ -11,7 +12,8 @@
 //!                                                                       └ flags.rs    where the flags are (liveness.rs: or need not be)
 //! ```
 //!
-//! A block is a run of instructions in one guest page that ends with a jump, with an instruction after which
+//! A block is a run of instructions in one guest page, with conditional forward jumps out of it, that ends with any other
+//! jump, with an instruction after which
 //! translated code must be left, or at the end of the page. One instruction that crosses into the next page is a
 //! block of its own.
 //!
@@ -27,6 +29,7 @@ mod copy;
 mod emit;
 mod fetch;
 mod flags;
+mod in_place;
 mod liveness;
 mod stack;
 mod string;

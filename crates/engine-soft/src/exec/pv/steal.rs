@@ -145,6 +145,7 @@ pub fn resume(cpu: &mut Cpu) {
     let left = shared::byte(&cpu.vm.memory, addr + PREEMPTED).map_or(0, |p| p.swap(0, Ordering::SeqCst));
     cpu.vm.dirty.mark(GuestPhysAddr(addr));
     if left & VCPU_FLUSH_TLB != 0 {
+        cpu.counters().flushes_left.add(1);
         cpu.flush_tlb(Flush::All);
     }
     update_steal_time(cpu);
