@@ -290,7 +290,7 @@ mod tests {
     fn mistakes_are_named() {
         for (text, part) in [
             ("", "one of user"),
-            ("user,tap=x", "one of user"),
+            ("user,tap=x", "user and tap cannot be together"),
             ("usr", "do you mean user?"),
             ("tap=much-too-long-name", "15"),
             ("tap=a/b", "name"),
