@@ -337,7 +337,9 @@ fn an_interrupted_string_goes_on_where_it_was() {
         asm!(a; mov(r12d, rounds(200)); set_label(&mut again));
         asm!(a; mov(esi, ARENA as u32); mov(edi, ARENA as u32 + 0x10_0000); mov(ecx, 0x2_0000); rep().movsb());
         asm!(a; mov(esi, ARENA as u32); mov(edi, ARENA as u32 + 0x10_0000); mov(ecx, 0x2_0000); repe().cmpsb());
-        asm!(a; jne(again); dec(r12d); jnz(again); cli(); done());
+        asm!(a; jne(again); dec(r12d); jg(again));
+        // Where the posting thread gets no CPU in time, it goes on.
+        asm!(a; test(ebp, ebp); jz(again); cli(); done());
     });
     let apic = g.apic(0);
     let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
@@ -351,8 +353,8 @@ fn an_interrupted_string_goes_on_where_it_was() {
     let end = g.run(main).done();
     over.store(true, std::sync::atomic::Ordering::SeqCst);
     poster.join().unwrap();
-    assert!(end.reg(gpr::RBP) > 0, "no interrupt came");
-    assert_eq!((end.reg(gpr::R12), end.reg(gpr::RCX)), (0, 0));
+    assert!(end.reg(gpr::RBP) > 0);
+    assert_eq!(end.reg(gpr::RCX), 0);
 }
 
 fn registers_and_flags_survive_a_storm_of_interrupts() {
