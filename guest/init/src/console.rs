@@ -102,6 +102,8 @@ fn lead(shell: libc::pid_t) -> ! {
     // Rust's, whose parent waits until they are closed; nothing uses them in this process any more.
     unsafe {
         libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0);
+        // The foreground is the shell's: otherwise the kernel would refuse to wait for the terminal.
+        libc::signal(libc::SIGTTOU, libc::SIG_IGN);
         while libc::waitpid(shell, &raw mut status, 0) < 0 && *libc::__errno_location() == libc::EINTR {}
         libc::tcdrain(0);
         libc::_exit(crate::power::exit_status(status))

@@ -94,7 +94,8 @@ fn programs_find_no_fault(vcpus: &str) {
         }
     }
     assert!(bad.is_empty(), "{bad:#?}");
-    assert!(ended.section("trouble").is_empty(), "the kernel warns: {:#?}", ended.section("trouble"));
+    let trouble = ended.section("trouble");
+    assert!(trouble.is_empty(), "the kernel warns: {trouble:#?}; the console: {:#?}", ended.console);
 }
 
 #[test]
