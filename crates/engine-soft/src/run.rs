@@ -237,6 +237,9 @@ impl Cpu {
             if let Some(host) = vm.host_map.host(page) {
                 self.drop_write_entries(host);
             }
+            // A translation that was begun before our last direct store and is not in the cache yet must not get there;
+            // one that is there is compared.
+            vm.code_pages.written(page);
             vm.cache.recheck(page, |at, out| {
                 // RAM: code is only ever translated from there.
                 let _ = vm.memory.read(berth_memory::GuestPhysAddr(at), out);

@@ -307,8 +307,8 @@ impl CodePages {
     /// The page has no translations any more.
     pub(crate) fn unmark(&self, addr: GuestPhysAddr) {
         if let Some(page) = self.page(addr) {
-            // Nobody has direct entries: none were made while it was marked.
-            page.store(0, Ordering::SeqCst);
+            // Who may store to it stays noted: a vCPU may be about to make an entry for that.
+            page.fetch_and(!CODE, Ordering::SeqCst);
         }
     }
 
