@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use berth_cpu::VcpuId;
 use berth_cpu::cpuid::CpuidModel;
@@ -49,6 +50,8 @@ pub struct Vm {
     pub(crate) slotless: Sites,
     /// Accesses to the stack that get a slot of their own.
     pub(crate) unshared: Sites,
+    /// Held from marking a page as code until the others are asked to sweep it.
+    pub(crate) marking: Mutex<()>,
     list: RwLock<Vec<Arc<VcpuShared>>>,
     /// Held for reading by every vCPU that may be inside translated code; for writing by one that must be
     /// alone.
@@ -85,6 +88,7 @@ impl Vm {
             slot_numbers: SlotNumbers::default(),
             slotless: Sites::new(),
             unshared: Sites::new(),
+            marking: Mutex::new(()),
             list: RwLock::new(Vec::new()),
             execution: RwLock::new(()),
             exclusion: Mutex::new(()),
@@ -194,6 +198,18 @@ impl Vm {
         }
     }
 
+    /// Waits until the other vCPUs have done what [`Self::sweep_others`] asked of them: a translation that is made before
+    /// could be executed after one of them has stored other code. Not for ever: one may be waiting to be alone.
+    pub(crate) fn wait_for_sweeps(&self, me: VcpuId, addr: GuestPhysAddr) {
+        let page = addr.page_base().0;
+        let deadline = Instant::now() + LONGEST_SWEEP;
+        for (_, vcpu) in self.list.read().iter().enumerate().filter(|(i, _)| *i != usize::from(me.0)) {
+            while vcpu.sweep.lock().contains(&page) && Instant::now() < deadline {
+                std::thread::sleep(SWEEP_STEP);
+            }
+        }
+    }
+
     /// A store to a page that is marked as holding code was found to hit none of it. A page that is stored to again
     /// and again has probably become data: then its translations are dropped, and it is like any other. Returns
     /// whether that was done.
@@ -229,6 +245,10 @@ impl Vm {
         dropped
     }
 }
+
+/// How long a translation waits for vCPUs that may store to its page, and how long until it looks again.
+const LONGEST_SWEEP: Duration = Duration::from_millis(20);
+const SWEEP_STEP: Duration = Duration::from_micros(10);
 
 const CODE: u8 = 1 << 7;
 const MANY: u8 = CODE - 1;

@@ -86,17 +86,19 @@ impl Cpu {
 
     /// Marks the page at `addr` as holding code before it is read, so that stores to it are noticed from now on.
     fn begin_code(&mut self, addr: GuestPhysAddr) {
+        let marking = self.vm.marking.lock();
         let (new, others) = self.vm.code_pages.mark(addr, self.id);
-        if !new {
-            return;
-        }
-        if let Some(host) = self.vm.host_map.host(addr.page_base()) {
-            self.drop_write_entries(host);
-        }
-        if others {
+        if new && others {
             // They may store to the page until they have seen the request; each of them compares the page with
             // what was translated from it when it has (`Cpu::sweep`).
             self.vm.sweep_others(self.id, addr);
+        }
+        drop(marking);
+        if new && let Some(host) = self.vm.host_map.host(addr.page_base()) {
+            self.drop_write_entries(host);
+        }
+        if self.vm.vcpus > 1 {
+            self.vm.wait_for_sweeps(self.id, addr);
         }
     }
 
