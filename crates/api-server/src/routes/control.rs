@@ -47,6 +47,11 @@ pub(super) async fn wait(
     done.await.map(|()| StatusCode::NO_CONTENT).map_err(|_| Failure::ended())
 }
 
+/// Does what takes long where it keeps no other request waiting. There is no answer only if it panics.
+pub(super) async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Answer<T> {
+    spawn_blocking(work).await.map_err(|_| Failure::ended())
+}
+
 pub(super) fn alive(shared: &Shared) -> Answer<()> {
     if shared.vm.control.state() == MachineState::Ended { Err(Failure::ended()) } else { Ok(()) }
 }
@@ -153,8 +158,7 @@ pub async fn set_cpu(
         limit => limit.map(CpuLimit::try_from).transpose().map_err(no_sense)?.map(Some),
     };
     let control = shared.vm.control.clone();
-    let set =
-        spawn_blocking(move || control.set_cpu_time(weight, limit)).await.map_err(|_| Failure::ended())?;
+    let set = aside(move || control.set_cpu_time(weight, limit)).await?;
     set.map_err(|e| Failure::not_possible(e.to_string()))?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -7,8 +7,8 @@ use axum::extract::State;
 use berth_api::types::{ApiError, ExplainQuery, MapQuery};
 use berth_explain::{Explanation, MapError, MemoryMap, Question, Space};
 use berth_machine::{LookError, MachineControl};
-use tokio::task::spawn_blocking;
 
+use super::control::aside;
 use crate::error::{Answer, Failure, Query};
 use crate::server::Shared;
 
@@ -71,5 +71,5 @@ async fn look<T: Send + 'static>(
     look: impl FnOnce(&MachineControl, &str) -> T + Send + 'static,
 ) -> Answer<T> {
     let (control, name) = (shared.vm.control.clone(), shared.vm.description.name.clone());
-    spawn_blocking(move || look(&control, &name)).await.map_err(|_| Failure::ended())
+    aside(move || look(&control, &name)).await
 }

@@ -12,9 +12,8 @@ use berth_api::types::{
 use berth_machine::options::MAX_PRIORITY;
 use berth_machine::{MachineControl, MemoryShare};
 use berth_memory::PAGE_SIZE;
-use tokio::task::spawn_blocking;
 
-use super::control::{alive, wait};
+use super::control::{alive, aside, wait};
 use crate::error::{Answer, Body, Failure};
 use crate::server::Shared;
 
@@ -41,9 +40,7 @@ pub async fn reclaim(
     }
     let control = shared.vm.control.clone();
     let idle = Duration::from_secs(wanted.idle_seconds.into());
-    let evicted = spawn_blocking(move || control.reclaim(wanted.bytes, idle)).await;
-    // The thread ends without an answer only if it panics.
-    let evicted = evicted.map_err(|e| Failure::not_possible(e.to_string()))?;
+    let evicted = aside(move || control.reclaim(wanted.bytes, idle)).await?;
     let evicted = evicted.map_err(|e| Failure::not_possible(e.to_string()))?;
     let bytes = |pages: u64| pages * PAGE_SIZE;
     Ok(Json(Reclaimed { bytes: bytes(evicted.pages), zero_bytes: bytes(evicted.zero) }))
@@ -104,9 +101,7 @@ pub async fn move_store_to_file(
         return Err(Failure::unprocessable(format!("bytes: at most {}", ReclaimRequest::MAX_BYTES)));
     }
     let control = shared.vm.control.clone();
-    let moved = spawn_blocking(move || control.move_store_to_file(wanted.bytes)).await;
-    // The thread ends without an answer only if it panics.
-    let moved = moved.map_err(|e| Failure::not_possible(e.to_string()))?;
+    let moved = aside(move || control.move_store_to_file(wanted.bytes)).await?;
     Ok(Json(Moved { bytes: moved.map_err(|e| Failure::not_possible(e.to_string()))? }))
 }
 
@@ -121,9 +116,7 @@ pub async fn move_store_to_file(
 ))]
 pub async fn freeze(State(shared): State<Arc<Shared>>) -> Answer<Json<FreezeAnswer>> {
     let control = shared.vm.control.clone();
-    let frozen = spawn_blocking(move || control.freeze()).await;
-    // The thread ends without an answer only if it panics.
-    let frozen = frozen.map_err(|e| Failure::not_possible(e.to_string()))?;
+    let frozen = aside(move || control.freeze()).await?;
     let frozen = frozen.map_err(|e| Failure::not_possible(e.to_string()))?;
     Ok(Json(FreezeAnswer { bytes: frozen.evicted.pages * PAGE_SIZE, file_bytes: frozen.to_file }))
 }
