@@ -113,9 +113,8 @@ impl Vm {
 
     /// Whether a vCPU other than `me` wants to run and does not.
     pub(crate) fn somebody_lacks_a_cpu(&self, me: VcpuId) -> bool {
-        let list = self.list.read();
-        let others = list.iter().enumerate().filter(|(i, _)| *i != usize::from(me.0));
-        let clocks: Vec<_> = others.filter_map(|(_, vcpu)| vcpu.wants_a_cpu()).collect();
+        let mut clocks = Vec::new();
+        self.for_others(me, |vcpu| clocks.extend(vcpu.wants_a_cpu()));
         !self.debug.no_give_way && somebody_stands_still(&clocks)
     }
 
@@ -130,12 +129,16 @@ impl Vm {
         self.list.read().clone()
     }
 
-    fn request_others(&self, me: VcpuId, bits: u32) {
+    fn for_others(&self, me: VcpuId, mut act: impl FnMut(&VcpuShared)) {
         for (i, vcpu) in self.list.read().iter().enumerate() {
             if i != usize::from(me.0) {
-                vcpu.request(bits);
+                act(vcpu);
             }
         }
+    }
+
+    fn request_others(&self, me: VcpuId, bits: u32) {
+        self.for_others(me, |vcpu| vcpu.request(bits));
     }
 
     /// Whether every vCPU has done next to nothing for a while.
@@ -190,12 +193,10 @@ impl Vm {
 
     /// Asks the other vCPUs to stop storing directly to the page at `addr`.
     pub(crate) fn sweep_others(&self, me: VcpuId, addr: GuestPhysAddr) {
-        for (i, vcpu) in self.list.read().iter().enumerate() {
-            if i != usize::from(me.0) {
-                vcpu.sweep.lock().push(addr.page_base().0);
-                vcpu.request(request::SWEEP);
-            }
-        }
+        self.for_others(me, |vcpu| {
+            vcpu.sweep.lock().push(addr.page_base().0);
+            vcpu.request(request::SWEEP);
+        });
     }
 
     /// Waits until the other vCPUs have done what [`Self::sweep_others`] asked of them: a translation that is made before
@@ -203,11 +204,11 @@ impl Vm {
     pub(crate) fn wait_for_sweeps(&self, me: VcpuId, addr: GuestPhysAddr) {
         let page = addr.page_base().0;
         let deadline = Instant::now() + LONGEST_SWEEP;
-        for (_, vcpu) in self.list.read().iter().enumerate().filter(|(i, _)| *i != usize::from(me.0)) {
+        self.for_others(me, |vcpu| {
             while vcpu.sweep.lock().contains(&page) && Instant::now() < deadline {
                 std::thread::sleep(SWEEP_STEP);
             }
-        }
+        });
     }
 
     /// A store to a page that is marked as holding code was found to hit none of it. A page that is stored to again
