@@ -34,7 +34,7 @@ use guest::Files;
 use measure::Outcome;
 use process::Interrupt;
 use report::{Bound, Report, Row, Unit};
-use sides::{Emulator, Side, SideName};
+use sides::{Emulator, EmulatorArguments, Side, SideName};
 use works::{Group, Selection, Work};
 
 /// `--quick` does so much less of all work.
@@ -66,15 +66,8 @@ pub struct BenchArguments {
     /// Also put the report into this document, between the marks that it has for that
     #[arg(long, value_name = "FILE")]
     update: Option<PathBuf>,
-    /// A Berth that is built already, instead of this workspace's
-    #[arg(long, value_name = "FILE")]
-    berth: Option<PathBuf>,
-    /// Berth's engine
-    #[arg(long, value_name = "ENGINE", default_value = "soft")]
-    engine: String,
-    /// QEMU's system emulator; left out if it is not there
-    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
-    qemu: PathBuf,
+    #[command(flatten)]
+    emulators: EmulatorArguments,
 }
 
 /// Something that is measured on its own.
@@ -157,22 +150,10 @@ fn sides(arguments: &BenchArguments) -> Result<Vec<Side>, String> {
         sides.push(Side::Native);
     }
     if arguments.sides.contains(&SideName::Tcg) {
-        match process::version(&arguments.qemu) {
-            Some(version) => {
-                sides.push(Side::Guest(Emulator::Qemu { program: arguments.qemu.clone(), version }));
-            }
-            None => {
-                eprintln!("{} is not installed: no comparison with it", arguments.qemu.display());
-            }
-        }
+        sides.extend(arguments.emulators.qemu().map(Side::Guest));
     }
     if arguments.sides.contains(&SideName::Berth) {
-        let (program, revision) = match &arguments.berth {
-            Some(path) => (path.clone(), path.display().to_string()),
-            None => guest::build_berth()?,
-        };
-        let engine = arguments.engine.clone();
-        sides.push(Side::Guest(Emulator::Berth { program, revision, engine }));
+        sides.push(Side::Guest(arguments.emulators.berth()?));
     }
     Ok(sides)
 }
@@ -351,10 +332,8 @@ fn about(sides: &[Side], rounds: u32) -> Vec<(&'static str, String)> {
     for side in sides {
         match side {
             Side::Native => {}
-            Side::Guest(Emulator::Qemu { version, .. }) => about.push(("QEMU", version.clone())),
-            Side::Guest(Emulator::Berth { revision, engine, .. }) => {
-                about.push(("Berth", format!("{revision}, {engine} engine")));
-            }
+            Side::Guest(emulator @ Emulator::Qemu { .. }) => about.push(("QEMU", emulator.to_string())),
+            Side::Guest(emulator @ Emulator::Berth { .. }) => about.push(("Berth", emulator.to_string())),
         }
     }
     about

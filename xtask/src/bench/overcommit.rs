@@ -10,7 +10,6 @@
 //! the same work is shown too: it tells what waiting costs, and depends less on what else the host does.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,9 +17,9 @@ use clap::Args;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use super::guest::{self, Files};
-use super::process::{self, Interrupt, Process, Times};
-use super::sides::Emulator;
+use super::guest::Files;
+use super::process::{Interrupt, Process, Times};
+use super::sides::{Emulator, EmulatorArguments};
 use super::statistics::Spread;
 
 /// What is done: name, what for, how much of it under Berth, and under QEMU.
@@ -51,15 +50,8 @@ pub struct OvercommitArguments {
     /// Host CPUs that the guests have
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [0, 1])]
     host_cpus: Vec<usize>,
-    /// A Berth that is built already, instead of this workspace's
-    #[arg(long, value_name = "FILE")]
-    berth: Option<PathBuf>,
-    /// Berth's engine
-    #[arg(long, value_name = "ENGINE", default_value = "soft")]
-    engine: String,
-    /// QEMU's system emulator; left out if it is not there
-    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
-    qemu: PathBuf,
+    #[command(flatten)]
+    emulators: EmulatorArguments,
 }
 
 /// By work, side and vCPUs: elapsed and CPU time for each count.
@@ -75,20 +67,12 @@ pub fn run(arguments: &OvercommitArguments) -> Result<(), String> {
         let names = WORK.map(|(name, ..)| name).join(", ");
         return Err(format!("{unknown:?} is no work: {names} and shares are"));
     }
-    let (program, revision) = match &arguments.berth {
-        Some(path) => (path.clone(), path.display().to_string()),
-        None => guest::build_berth()?,
-    };
-    let berth = Emulator::Berth { program, revision: revision.clone(), engine: arguments.engine.clone() };
+    let berth = arguments.emulators.berth()?;
+    let qemu = arguments.emulators.qemu();
+    let version = qemu.as_ref().map(ToString::to_string).unwrap_or_default();
+    let versions = format!("Berth: {berth}; {version}");
     let mut sides = vec![("Berth", berth)];
-    let version = process::version(&arguments.qemu);
-    match &version {
-        Some(version) => {
-            let (program, version) = (arguments.qemu.clone(), version.clone());
-            sides.push(("QEMU TCG", Emulator::Qemu { program, version }));
-        }
-        None => eprintln!("{} is not installed: no comparison with it", arguments.qemu.display()),
-    }
+    sides.extend(qemu.map(|qemu| ("QEMU TCG", qemu)));
     let files = Files::make(false)?;
     let interrupt = Interrupt::listen()?;
     // Guests inherit it.
@@ -99,7 +83,7 @@ pub fn run(arguments: &OvercommitArguments) -> Result<(), String> {
     sched_setaffinity(Pid::from_raw(0), &set)
         .map_err(|e| format!("host CPUs {:?}: {e}", arguments.host_cpus))?;
 
-    println!("- Berth: {revision}, {} engine; {}", arguments.engine, version.unwrap_or_default());
+    println!("- {versions}");
     println!(
         "- host CPUs: {:?}; rounds: {}; load before: {}",
         arguments.host_cpus,

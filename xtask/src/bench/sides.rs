@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::debian::Debian;
-use super::guest::{Files, PROGRAM};
+use super::guest::{self, Files, PROGRAM};
+use super::process;
 use super::works::Work;
 
 /// RAM of the guests.
@@ -43,6 +44,43 @@ pub enum Emulator {
     },
 }
 
+/// The emulators, as the command line names them.
+#[derive(clap::Args)]
+pub struct EmulatorArguments {
+    /// A Berth that is built already, instead of this workspace's
+    #[arg(long, value_name = "FILE")]
+    berth: Option<PathBuf>,
+    /// Berth's engine
+    #[arg(long, value_name = "ENGINE", default_value = "soft")]
+    engine: String,
+    /// QEMU's system emulator; left out if it is not there
+    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
+    qemu: PathBuf,
+}
+
+impl EmulatorArguments {
+    /// Berth, which is built if none is named.
+    ///
+    /// # Errors
+    /// A text when it cannot be built.
+    pub fn berth(&self) -> Result<Emulator, String> {
+        let (program, revision) = match &self.berth {
+            Some(path) => (path.clone(), path.display().to_string()),
+            None => guest::build_berth()?,
+        };
+        Ok(Emulator::Berth { program, revision, engine: self.engine.clone() })
+    }
+
+    /// QEMU. Says so if there is none.
+    pub fn qemu(&self) -> Option<Emulator> {
+        let version = process::version(&self.qemu);
+        if version.is_none() {
+            eprintln!("{} is not installed: no comparison with it", self.qemu.display());
+        }
+        version.map(|version| Emulator::Qemu { program: self.qemu.clone(), version })
+    }
+}
+
 /// A [`Side`] without what it needs; in the order of reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum SideName {
@@ -52,6 +90,16 @@ pub enum SideName {
     Tcg,
     /// Berth
     Berth,
+}
+
+/// Which one it is.
+impl fmt::Display for Emulator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qemu { version, .. } => f.write_str(version),
+            Self::Berth { revision, engine, .. } => write!(f, "{revision}, {engine} engine"),
+        }
+    }
 }
 
 impl fmt::Display for SideName {
